@@ -1,0 +1,212 @@
+"""Checkpoints: complete or absent, resharded on load, pruned only after a good save.
+
+A checkpoint is a folder `step_00000020` that appears under its final name only once all of it is on
+disk; what a killed run leaves behind has another name and is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+from megatron_dgpo import platform
+from megatron_dgpo.mcore.policy import Policy, inner_optimizers
+
+log = logging.getLogger(__name__)
+
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": False,
+}
+_STATE_FILE = "run_state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    step: int
+    path: Path
+    state: dict[str, Any]
+    """What the run wrote beside the weights: step, data position, evaluation, config facts."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run folder.
+
+    Args:
+        folder: `<run>/checkpoints`.
+        keep_last: how many of the newest to keep (0 keeps all).
+        keep_best: also keep the one whose state has the highest "score".
+    """
+
+    def __init__(
+        self, folder: Path, groups: platform.Groups, *, keep_last: int = 0, keep_best: bool = False
+    ) -> None:
+        self.folder = folder
+        self.groups = groups
+        self.keep_last = keep_last
+        self.keep_best = keep_best
+        if groups.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob("*.partial"):
+                log.warning("removing %s: an unfinished checkpoint of an earlier run", leftover.name)
+                shutil.rmtree(leftover)
+        _barrier(groups)
+
+    def list(self) -> list[Checkpoint]:
+        """Complete checkpoints, oldest first."""
+        found = []
+        for path in sorted(self.folder.glob("step_*")):
+            if path.suffix != ".partial" and (path / _STATE_FILE).is_file():
+                state = json.loads((path / _STATE_FILE).read_text())
+                found.append(Checkpoint(int(state["step"]), path, state))
+        return found
+
+    def latest(self) -> Checkpoint | None:
+        found = self.list()
+        return found[-1] if found else None
+
+    def best(self) -> Checkpoint | None:
+        scored = [c for c in self.list() if c.state.get("score") is not None]
+        return max(scored, key=lambda c: (c.state["score"], c.step)) if scored else None
+
+    def save(self, policy: Policy, state: dict[str, Any]) -> Path:
+        """Write everything a resumed run needs; `state` (JSON) must hold "step"."""
+        final = self.folder / f"step_{state['step']:08d}"
+        partial = final.with_suffix(".partial")
+        if self.groups.rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier(self.groups)
+        with platform.megatron_calls():
+            dist_checkpointing.save(
+                _sharded_state(policy, loading=False),
+                str(partial),
+                validate_access_integrity=True,
+                content_metadata=_METADATA,
+            )
+        _barrier(self.groups)
+        if self.groups.rank == 0:
+            (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            _flush_to_disk(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _flush_to_disk(self.folder)
+            self._prune()
+        _barrier(self.groups)
+        return final
+
+    def _prune(self) -> None:
+        if self.keep_last <= 0:
+            return
+        found = self.list()
+        keep = {c.path for c in found[-self.keep_last :]}
+        if self.keep_best and (best := self.best()):
+            keep.add(best.path)
+        for old in found:
+            if old.path not in keep:
+                # Renamed first: a half-deleted checkpoint must not look like a complete one.
+                doomed = old.path.with_suffix(".partial")
+                old.path.rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def _barrier(groups: platform.Groups) -> None:
+    if groups.world_size > 1:
+        dist.barrier(group=groups.world)
+
+
+def _flush_to_disk(folder: Path) -> None:
+    for path in [*folder.iterdir(), folder] if folder.suffix == ".partial" else [folder]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
+    model = policy.ddp.module.sharded_state_dict(metadata=_METADATA)
+    groups = policy.groups
+    return {
+        "model": model,
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        "scheduler": policy.scheduler.state_dict(),
+        # Generators differ by rank; with another number of ranks they cannot be restored, and
+        # nothing in a run draws from them (sampling and shuffling are seeded by step).
+        "rng": ShardedObject("rng", _rng_state(), (groups.world_size,), (groups.rank,)),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    from megatron.core import tensor_parallel
+
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return {"torch": torch.get_rng_state(), "tracker": tracker}
+
+
+def _restore_rng(state: dict[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    torch.set_rng_state(state["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def restore(policy: Policy, checkpoint: Checkpoint) -> None:
+    """Load weights, optimizer, schedule and generators; the split may differ from the saved one."""
+    with platform.megatron_calls():
+        _accept_missing_step(policy)
+        wanted = _sharded_state(policy, loading=True)
+        same_ranks = checkpoint.state.get("world_size") == policy.groups.world_size
+        if not same_ranks:
+            del wanted["rng"]
+            log.warning("another number of ranks than when saving: random generators start afresh")
+        loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
+        policy.ddp.module.load_state_dict(loaded["model"])
+        policy.optimizer.load_state_dict(loaded["optimizer"])
+        policy.scheduler.load_state_dict(loaded["scheduler"])
+    _separate_steps(policy)
+    if same_ranks:
+        _restore_rng(loaded["rng"])
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Weights alone from a training checkpoint, at any split."""
+    with platform.megatron_calls():
+        loaded = dist_checkpointing.load(
+            {"model": model.sharded_state_dict(metadata=_METADATA)}, str(path)
+        )
+    model.load_state_dict(loaded["model"])
+
+
+def _accept_missing_step(policy: Policy) -> None:
+    """torch's Adam counts steps in a tensor of its state, which the checkpoint format holds per
+    parameter group instead; Megatron's loader looks for it among the sharded tensors."""
+    for optimizer in inner_optimizers(policy.optimizer):
+        original = optimizer._set_main_param_and_optimizer_states
+
+        def with_step(model_param: Any, tensors: dict, optimizer: Any = optimizer, original: Any = original) -> None:
+            group, order = optimizer.model_param_group_index_map[model_param]
+            main = optimizer.optimizer.param_groups[group]["params"][order]
+            step = optimizer.optimizer.state[main].get("step")
+            original(model_param, tensors if step is None else {**tensors, "step": step})
+
+        optimizer._set_main_param_and_optimizer_states = with_step
+
+
+def _separate_steps(policy: Policy) -> None:
+    """Megatron hands one step tensor to all parameters; torch's Adam would count it up once for
+    each of them."""
+    for optimizer in inner_optimizers(policy.optimizer):
+        for state in optimizer.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = state["step"].clone()

@@ -1,0 +1,179 @@
+"""The torch-native transformer layer: what Megatron's *local* spec lacks, on torch alone.
+
+The stock local norm refuses sequence parallelism and the stock attention refuses packed sequences
+and holds the S x S scores. Both are replaced here, so that neither Transformer Engine nor Apex is
+required; linear layers, embeddings and the block around them stay Megatron's.
+
+Shape suffixes: T packed tokens, S sequences, L longest sequence, N local query heads, G local
+key/value heads (query groups), D head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """Megatron's description of a packed micro-batch, plus where each token sits in an (S, L) grid."""
+
+    grid_index_T: Tensor = field(default=None)  # type: ignore[assignment]
+    """int64; row * L + column of each packed token."""
+    grid_shape: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, positions_T: Tensor) -> PackedLayout:
+        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+        longest = int(lengths.max())
+        rows = torch.repeat_interleave(
+            torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=positions_T.shape[0]
+        )
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            grid_index_T=rows * longest + positions_T,
+            grid_shape=(int(lengths.shape[0]), longest),
+        )
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm that can live in a sequence-parallel region."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        # Tells Megatron to sum this weight's gradient over the TP ranks, each of which saw only
+        # its share of the tokens.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class PackedSDPA(torch.nn.Module):
+    """Causal attention within each packed sequence by torch's scaled_dot_product_attention.
+
+    The packed tokens are laid on an (S, L) grid, right-padded, for this call only. Padding comes
+    after every real token, so the causal mask alone keeps it from being seen.
+    """
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        if config.context_parallel_size > 1:
+            raise ValueError("context_parallel_size > 1 needs Transformer Engine's layer spec")
+        self.scale = softmax_scale
+
+    def forward(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) -> Tensor:
+        """(T, N, D), (T, G, D), (T, G, D) -> (T, N * D)."""
+        heads, groups = q_TND.shape[1], k_TGD.shape[1]
+        sequences, longest = layout.grid_shape
+        qkv = torch.cat((q_TND, k_TGD, v_TGD), dim=1)
+        grid = qkv.new_zeros((sequences * longest, *qkv.shape[1:]))
+        grid = grid.index_copy(0, layout.grid_index_T, qkv)
+        grid = grid.view(sequences, longest, *qkv.shape[1:]).transpose(1, 2)
+        q, k, v = grid.split((heads, groups, groups), dim=1)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=heads != groups
+        )
+        return out.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, layout.grid_index_T)
+
+
+def rotate(x_TND: Tensor, rope: Tensor) -> Tensor:
+    """Rotary embedding with the cosines and sines of each token's own position, `rope` (2, T, 1, D)."""
+    cos, sin = rope.to(x_TND.dtype).unbind(0)
+    first, second = x_TND.chunk(2, dim=-1)
+    return x_TND * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class PackedSelfAttention(SelfAttention):
+    """Megatron's self-attention (weights, sharding, checkpoint names) for packed sequences.
+
+    Megatron's own forward applies the rotary embedding sequence by sequence in Python; here the
+    angles were gathered once per micro-batch.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if packed_seq_params is None or rotary_pos_emb is None:
+            raise ValueError("the torch layer spec takes packed sequences with rotary embeddings only")
+        q, k, v = (t.squeeze(1) for t in self.get_query_key_value_tensors(hidden_states, None))
+        out = self.core_attention(
+            rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb), v, packed_seq_params
+        )
+        return self.linear_proj(out.unsqueeze(1))
+
+
+def torch_layer_spec() -> TransformerBlockSubmodules | ModuleSpec:
+    """A dense pre-norm decoder layer with grouped-query attention and a gated MLP."""
+    backend = LocalSpecProvider()
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=PackedSelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_linear(),
+                    core_attention=PackedSDPA,
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=None,
+                    k_layernorm=None,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp_bda=get_bias_dropout_add,
+            # One checkpoint format for this spec and Transformer Engine's.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig, choice: str) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
+    """The layer spec and whether it is the torch-native one.
+
+    `choice` is "torch", "transformer_engine" (raises ImportError where it is missing) or "auto"
+    (Transformer Engine where it is installed and there is a GPU).
+    """
+    from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+
+    have_te = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    if choice == "transformer_engine" and not have_te:
+        raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
+    if choice == "transformer_engine" or (choice == "auto" and have_te):
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), False
+    layers = get_num_layers_to_build(config)
+    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec()] * layers, layer_norm=RMSNorm), True

@@ -1,0 +1,212 @@
+"""A Hugging Face config becomes a Megatron GPTModel that hands out hidden states.
+
+The LM head's weight is part of the model (checkpoints, tying, gradients), but the model never
+multiplies by it: the loss does, chunk by chunk.
+
+Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard, D head dimension.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_dgpo import platform
+from megatron_dgpo.mcore.layers import PackedLayout, block_spec
+from megatron_dgpo.types import PackedBatch
+
+# Fields of an HF config that this translation understands; values it accepts are checked below.
+SUPPORTED = ("qwen2",)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What an HF config says, in one place, checked."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    norm_eps: float
+    init_std: float
+    tied: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelShape:
+        """From the parsed config.json; raises ValueError naming a field that has no counterpart."""
+        family = config.get("model_type")
+        if family not in SUPPORTED:
+            raise ValueError(f"config.json: model_type {family!r} is not supported (supported: {SUPPORTED})")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
+        if config.get("use_sliding_window"):
+            raise ValueError("config.json: use_sliding_window is not supported")
+        heads = int(config["num_attention_heads"])
+        return cls(
+            family=family,
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            ffn_hidden_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_positions=int(config["max_position_embeddings"]),
+            rope_theta=_rope_theta(config),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            init_std=float(config.get("initializer_range", 0.02)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelShape:
+        return cls.from_hf(json.loads((folder / "config.json").read_text()))
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rows held over all TP ranks; those beyond vocab_size are padding.
+
+        The multiple does not change with TP up to 8 (128 for real vocabularies), so that a
+        checkpoint fits another split.
+        """
+        multiple = math.lcm(tp, 128 if self.vocab_size >= 4096 else 8)
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"config.json: rope type {kind!r} is not supported (default is)")
+    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+
+
+def transformer_config(
+    shape: ModelShape, parallel: Any, params_dtype: torch.dtype, overrides: Mapping[str, Any]
+) -> TransformerConfig:
+    """Megatron's config for this model; `overrides` are TransformerConfig fields by name.
+
+    Raises ValueError naming an override that Megatron does not have.
+    """
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    if unknown := sorted(set(overrides) - known):
+        raise ValueError(f"model.transformer.{unknown[0]}: Megatron's TransformerConfig has no such field")
+    on_cpu = not platform.has_gpu()
+    values: dict[str, Any] = dict(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_query_groups,
+        kv_channels=shape.head_dim,
+        ffn_hidden_size=shape.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=True,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=shape.init_std,
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        # Packed micro-batches differ in length, and pipeline stages have to agree on it.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",  # not used; Megatron checks it with the line above
+        # Gradients are summed, not averaged: every token's coefficient already holds the global
+        # denominator (see PackedBatch.coefficients_T).
+        calculate_per_token_loss=True,
+        use_cpu_initialization=on_cpu,
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+    )
+    return TransformerConfig(**{**values, **overrides})
+
+
+class PolicyModel(GPTModel):
+    """GPTModel for packed batches whose last stage returns hidden states after the final norm."""
+
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, layer_spec: str, *, pre: bool, post: bool
+    ) -> None:
+        spec, self_is_native = block_spec(config, layer_spec)
+        super().__init__(
+            config=config,
+            transformer_layer_spec=spec,
+            vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=shape.max_positions,
+            pre_process=pre,
+            post_process=post,
+            share_embeddings_and_output_weights=shape.tied,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+        )
+        self.shape = shape
+        self.native = self_is_native
+
+    def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
+        """(T, 1, H) hidden states; (T / TP, 1, H) under sequence parallelism."""
+        layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
+        embedded = None
+        if self.pre_process:
+            embedded = self.embedding(
+                input_ids=batch.tokens_T.unsqueeze(0), position_ids=batch.positions_T.unsqueeze(0)
+            )
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self._rope(batch.positions_T, layout),
+            packed_seq_params=layout,
+        )
+
+    def _rope(self, positions_T: Tensor, layout: PackedLayout) -> Tensor:
+        if not self.native:  # Transformer Engine's attention looks the angles up itself
+            return self.rotary_pos_emb(layout.max_seqlen_q, packed_seq=True)
+        inverse = self.rotary_pos_emb.inv_freq.to(positions_T.device, torch.float32)
+        angles = torch.outer(positions_T.to(torch.float32), inverse)
+        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
+        return torch.stack((angles.cos(), angles.sin()))
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's shard, (K, H), of the last stage (tied or not)."""
+        return self.shared_embedding_or_output_weight() if self.shape.tied else self.output_layer.weight
+
+
+def build_model(
+    shape: ModelShape, parallel: Any, groups: platform.Groups, *, params_dtype: torch.dtype,
+    layer_spec: str = "auto", overrides: Mapping[str, Any] | None = None,
+) -> PolicyModel:
+    """This rank's part of the model, on its device, without weights (load them by the name table)."""
+    config = transformer_config(shape, parallel, params_dtype, overrides or {})
+    with platform.megatron_calls():
+        model = PolicyModel(
+            config, shape, layer_spec, pre=groups.is_first_stage, post=groups.is_last_stage
+        )
+        model.to(device=groups.device)
+    return model.bfloat16() if params_dtype == torch.bfloat16 else model

@@ -1,0 +1,279 @@
+"""The policy in training: Megatron's DDP, distributed optimizer, schedules, and reference weights.
+
+`Policy` is given functions of (hidden states, LM-head shard, micro-batch); it knows nothing of any
+algorithm. These functions run on the last pipeline stage, on every rank of its TP group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_dgpo import platform
+from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.types import PackedBatch
+
+Result = TypeVar("Result")
+MicrobatchFn = Callable[[Tensor, Tensor, PackedBatch], Result]
+"""(hidden (T, H), head weight (K, H), micro-batch) -> anything."""
+LossFn = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]
+"""Like MicrobatchFn; the scalar loss is this micro-batch's share of the mini-batch's sum."""
+
+
+class NonFiniteUpdate(RuntimeError):
+    """The loss or the gradient is not a number; the parameters must not be used any more."""
+
+
+@dataclasses.dataclass
+class UpdateResult:
+    metrics: list[Any]
+    """One entry a micro-batch, on the last stage; empty elsewhere."""
+    grad_norm: float
+    learning_rate: float
+
+
+def _checked(cls: type, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(set(given) - known):
+        raise ValueError(f"{section}.{unknown[0]}: Megatron's {cls.__name__} has no such field")
+    return dict(given)
+
+
+def pad_for_sequence_parallel(batch: PackedBatch, multiple: int) -> PackedBatch:
+    """Lengthen the last sequence with masked tokens until T divides by `multiple`.
+
+    Attention is causal and the added targets are masked, so nothing else changes.
+    """
+    missing = -batch.num_tokens % multiple
+    if missing == 0:
+        return batch
+
+    def grow(x: Tensor, fill: Tensor) -> Tensor:
+        return torch.cat((x, fill.to(x.dtype)))
+
+    zeros = batch.tokens_T.new_zeros(missing)
+    more = torch.arange(1, missing + 1, device=zeros.device) + batch.positions_T[-1]
+    cu_seqlens = batch.cu_seqlens.clone()
+    cu_seqlens[-1] += missing
+    return dataclasses.replace(
+        batch,
+        tokens_T=grow(batch.tokens_T, zeros),
+        targets_T=grow(batch.targets_T, zeros),
+        positions_T=grow(batch.positions_T, more),
+        loss_mask_T=grow(batch.loss_mask_T, zeros),
+        cu_seqlens=cu_seqlens,
+    )
+
+
+class Policy:
+    """A model that is trained, with everything of Megatron that training takes.
+
+    Args:
+        model: this rank's part, with its weights loaded.
+        optimizer: config.OptimizerConfig; `total_updates` is the length of its schedule.
+        ddp: fields of Megatron's DistributedDataParallelConfig by name.
+        keep_reference: keep a copy of the present weights in host memory as the reference.
+    """
+
+    def __init__(
+        self,
+        model: PolicyModel,
+        groups: platform.Groups,
+        optimizer: Any,
+        *,
+        total_updates: int,
+        ddp: Mapping[str, Any] | None = None,
+        keep_reference: bool = False,
+    ) -> None:
+        self.model = model
+        self.groups = groups
+        self.shape = model.shape
+        self.config = model.config
+        self._reference = self._copy_to_host() if keep_reference else None
+        with platform.megatron_calls():
+            self.ddp = self._wrap(_checked(DistributedDataParallelConfig, "ddp", ddp or {}))
+            self.optimizer = self._build_optimizer(optimizer)
+            self.scheduler = _build_scheduler(self.optimizer, optimizer, total_updates)
+        self.config.finalize_model_grads_func = finalize_model_grads
+
+    def _wrap(self, fields: dict[str, Any]) -> DistributedDataParallel:
+        defaults = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        wrapped = DistributedDataParallel(
+            self.config, DistributedDataParallelConfig(**{**defaults, **fields}), self.model
+        )
+        wrapped.broadcast_params()
+        self.config.no_sync_func = wrapped.no_sync
+        return wrapped
+
+    def _build_optimizer(self, c: Any) -> Any:
+        bf16 = self.config.params_dtype == torch.bfloat16
+        config = OptimizerConfig(
+            **{
+                **dict(
+                    optimizer="adam",
+                    lr=c.lr,
+                    min_lr=c.min_lr,
+                    weight_decay=c.weight_decay,
+                    adam_beta1=c.adam_beta1,
+                    adam_beta2=c.adam_beta2,
+                    adam_eps=c.adam_eps,
+                    clip_grad=c.clip_grad,
+                    bf16=bf16,
+                    params_dtype=self.config.params_dtype,
+                    use_distributed_optimizer=True,
+                ),
+                **_checked(OptimizerConfig, "optimizer.megatron", c.megatron),
+            }
+        )
+        optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=platform.has_gpu())
+        for inner in inner_optimizers(optimizer):
+            _allocate_state(inner.optimizer)
+        return optimizer
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def forward(self, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
+        """Run the model over micro-batches without gradients.
+
+        Returns fn's result for each micro-batch on the last stage, an empty list on the others.
+        """
+        self.ddp.eval()
+        with torch.no_grad():
+            results = self._schedule(batches, fn, forward_only=True)
+        self.ddp.train()
+        return results
+
+    def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> UpdateResult:
+        """One optimizer step on a mini-batch given as this rank's micro-batches.
+
+        Losses and gradients of all micro-batches and data-parallel ranks are *summed*.
+
+        Raises:
+            NonFiniteUpdate: on every rank alike.
+        """
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._schedule(batches, loss_fn, forward_only=False)
+        with platform.megatron_calls():
+            ok, grad_norm, _ = self.optimizer.step()
+        learning_rate = max(g["lr"] for g in self.optimizer.param_groups)
+        # The norm is global and covers every gradient, so all ranks come to the same verdict.
+        if not ok or grad_norm is None or not torch.isfinite(torch.tensor(float(grad_norm))):
+            raise NonFiniteUpdate(f"the gradient norm is {grad_norm}")
+        self.scheduler.step(1)
+        return UpdateResult(metrics, float(grad_norm), float(learning_rate))
+
+    def _schedule(self, batches: Sequence[PackedBatch], fn: Callable, *, forward_only: bool) -> list[Any]:
+        if not batches:
+            raise ValueError("a pass needs at least one micro-batch on every rank (see data.empty_batch)")
+        if self.config.sequence_parallel:
+            batches = [pad_for_sequence_parallel(b, self.groups.tp.size()) for b in batches]
+
+        def forward_step(batches_left: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
+            batch = next(batches_left)
+            return model(batch), partial(self._on_last_stage, fn, batch)
+
+        with platform.megatron_calls():
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(batches),
+                model=[self.ddp],
+                num_microbatches=len(batches),
+                seq_length=max(b.num_tokens for b in batches),
+                micro_batch_size=1,
+                forward_only=forward_only,
+                collect_non_loss_data=forward_only,
+            )
+
+    def _on_last_stage(
+        self, fn: Callable, batch: PackedBatch, hidden: Tensor, non_loss_data: bool = False
+    ) -> Any:
+        out = fn(hidden.squeeze(1), self.model.head_weight, batch)
+        if non_loss_data:
+            return out
+        loss, metrics = out
+        # A token count of 0 tells Megatron not to divide: coefficients are global already.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+
+    # --- reference --------------------------------------------------------------------------------
+
+    def _copy_to_host(self) -> dict[str, Tensor]:
+        pin = platform.has_gpu()
+        copies = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
+        return {n: c.pin_memory() for n, c in copies.items()} if pin else copies
+
+    @contextmanager
+    def reference_weights(self) -> Iterator[None]:
+        """Swap the reference's weights into the policy's own buffers for a forward pass."""
+        if self._reference is None:
+            raise RuntimeError("this policy was built without a reference")
+        current = self._copy_to_host()
+        self._load_from_host(self._reference)
+        try:
+            yield
+        finally:
+            self._load_from_host(current)
+
+    @torch.no_grad()
+    def _load_from_host(self, source: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(source[name])
+
+    @property
+    def reference_head_weight(self) -> Tensor:
+        """The reference's LM-head shard, (K, H), on the last stage."""
+        if self._reference is None:
+            raise RuntimeError("this policy was built without a reference")
+        name = "output_layer.weight"
+        if self.shape.tied and self.model.pre_process:
+            name = "embedding.word_embeddings.weight"
+        return self._reference[name].to(self.groups.device)
+
+
+def inner_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers inside a chained one."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+
+
+def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give torch's Adam its state before the first step, so that a checkpoint can be written and
+    loaded at any time (fused optimizers of TE and Apex keep their step elsewhere)."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            optimizer.state[p] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+
+
+def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> OptimizerParamScheduler:
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0 if c.warmup_steps else c.lr,
+        max_lr=c.lr,
+        min_lr=c.min_lr,
+        lr_warmup_steps=c.warmup_steps,
+        lr_decay_steps=max(total_updates, c.warmup_steps + 1),
+        lr_decay_style=c.decay_style,
+        start_wd=c.weight_decay,
+        end_wd=c.weight_decay,
+        wd_incr_steps=total_updates,
+        wd_incr_style="constant",
+    )

@@ -1,0 +1,253 @@
+"""Device, backend, process groups, and the only place where anything is patched.
+
+On a machine with a GPU nothing is patched. Without one, Megatron-Core runs on CPU tensors and gloo:
+it asks for "the current CUDA device" in many places, and the shim below answers "the CPU". The
+arithmetic is untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import queue
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
+
+log = logging.getLogger(__name__)
+
+_CPU = torch.device("cpu")
+_shim: _CudaMeansCpu | None = None
+
+
+def has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank: its local GPU, or the CPU."""
+    if not has_gpu():
+        return _CPU
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+# --- Megatron-Core on CPU -------------------------------------------------------------------------
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Sends every factory call or move that names a CUDA device to the CPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kwargs and (target := kwargs.get("device")) is not None:
+            if (type(target) is str and target.startswith("cuda")) or (
+                type(target) is torch.device and target.type == "cuda"
+            ):
+                kwargs = {**kwargs, "device": _CPU}
+        return func(*args, **(kwargs or {}))
+
+
+def _tensor_type(original: Any) -> Any:
+    def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            # Megatron's optimizers accept parameters by this string.
+            name = original(self)
+            return name.replace("torch.", "torch.cuda.", 1) if not name.startswith("torch.cuda.") else name
+        return original(self, dtype, *args, **kwargs)
+
+    return type_
+
+
+def run_megatron_on_cpu() -> None:
+    """Make Megatron-Core run on CPU tensors. Does nothing on a GPU machine or when called twice."""
+    global _shim
+    if has_gpu() or _shim is not None:
+        return
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *a, **k: None
+    torch.cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
+
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
+    _shim = _CudaMeansCpu()
+    log.info("no GPU: Megatron-Core runs on CPU tensors and gloo")
+
+
+def _write_checkpoints_without_a_manager() -> None:
+    """Megatron hands write results over through a spawned manager process even when it saves
+    synchronously. That process takes seconds to start and outlives a killed run."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if getattr(filesystem_async, "_results_queue", False) is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+@contextmanager
+def megatron_calls() -> Iterator[None]:
+    """Wrap calls into Megatron-Core that may name a CUDA device in a factory call.
+
+    A torch function mode costs about a microsecond per torch call, so it is entered around
+    Megatron's own code and not around generation.
+    """
+    if _shim is None or _shim in torch.overrides._get_current_function_mode_stack():
+        yield
+    else:
+        with _shim:
+            yield
+
+
+# --- process groups -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The process groups of a run. A *replica* is one data-parallel copy of the model:
+    TP x PP x CP ranks."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    world: dist.ProcessGroup
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    cp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    replica: dist.ProcessGroup
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    @property
+    def speaks_for_tokens(self) -> bool:
+        """One rank a replica: on the last stage, where the loss is, first of its TP group."""
+        return self.is_last_stage and self.tp.rank() == 0 and self.cp.rank() == 0
+
+
+def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """The value of every rank of the group, in rank order, on every rank."""
+    out: list[Any] = [None] * group.size()
+    if group.size() == 1:
+        return [value]
+    dist.all_gather_object(out, value, group=group)
+    return out
+
+
+def any_rank(flag: bool, groups: Groups) -> bool:
+    """True on every rank when it is true on one."""
+    if groups.world_size == 1:
+        return flag
+    t = torch.tensor([int(flag)], device=groups.device)
+    dist.all_reduce(t, op=dist.ReduceOp.MAX, group=groups.world)
+    return bool(t.item())
+
+
+def _groups(device_: torch.device) -> Groups:
+    from megatron.core import parallel_state as ps
+
+    return Groups(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        device=device_,
+        world=dist.group.WORLD,
+        tp=ps.get_tensor_model_parallel_group(),
+        pp=ps.get_pipeline_model_parallel_group(),
+        cp=ps.get_context_parallel_group(),
+        dp=ps.get_data_parallel_group(),
+        replica=ps.get_model_parallel_group(),
+    )
+
+
+def start(parallel: Any, seed: int) -> Groups:
+    """Initialise torch.distributed and Megatron's parallel state.
+
+    `parallel` has `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
+    `context_parallel_size` and `timeout_seconds`; rank and world size come from torchrun's
+    environment (one process without it).
+    """
+    run_megatron_on_cpu()
+    _write_checkpoints_without_a_manager()
+    from megatron.core import parallel_state as ps
+    from megatron.core import tensor_parallel
+
+    this = device()
+    if has_gpu():
+        torch.cuda.set_device(this)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # Several ranks share a machine's cores; more than one thread each makes them fight.
+        torch.set_num_threads(1)
+    timeout = timedelta(seconds=parallel.timeout_seconds)
+    backend = "nccl" if has_gpu() else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    with megatron_calls():
+        ps.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            context_parallel_size=parallel.context_parallel_size,
+            distributed_timeout_minutes=max(1, math.ceil(parallel.timeout_seconds / 60)),
+            create_gloo_process_groups=has_gpu(),
+        )
+        tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return _groups(this)
+
+
+def stop() -> None:
+    """Undo `start`; safe to call when nothing was started."""
+    from megatron.core import parallel_state as ps
+
+    if dist.is_initialized():
+        ps.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _end_children() -> None:
+    """End the processes this one started (reward workers, checkpoint writers)."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        try:
+            child.kill()
+        except psutil.NoSuchProcess:
+            pass
+
+
+@contextmanager
+def distributed(parallel: Any, *, seed: int) -> Iterator[Groups]:
+    """Process groups for a run.
+
+    An exception on one rank ends that rank at once with its traceback; the others' collectives then
+    fail instead of waiting, and torchrun ends the rest. Cleaning up politely would make the failing
+    rank wait for ranks that wait for it.
+    """
+    groups = start(parallel, seed)
+    try:
+        yield groups
+    except (Exception, KeyboardInterrupt) as error:
+        sys.stdout.flush()
+        _end_children()
+        trace = traceback.format_exc()
+        print(f"\n[rank {groups.rank}] {type(error).__name__}: {error}\n{trace}", file=sys.stderr, flush=True)
+        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+    stop()

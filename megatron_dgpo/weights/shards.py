@@ -1,0 +1,63 @@
+"""Between Hugging Face tensors and tensor-parallel shards: pure tensor arithmetic.
+
+`to_full`/`from_full` change layout between the Hugging Face tensors and Megatron's unsplit
+parameter; `shard`/`join` split that over TP ranks and put it together again. All are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_dgpo.mcore.model import ModelShape
+from megatron_dgpo.weights.names import Entry
+
+
+def to_full(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape, padded_vocab: int) -> Tensor:
+    """Hugging Face tensors, in the entry's order -> the unsplit Megatron parameter."""
+    if entry.layout == "qkv":
+        heads_per_group = shape.num_heads // shape.num_query_groups
+        parts = [
+            t.reshape(shape.num_query_groups, n * shape.head_dim, *t.shape[1:])
+            for t, n in zip(tensors, (heads_per_group, 1, 1), strict=True)
+        ]
+        return torch.cat(parts, dim=1).flatten(0, 1)
+    if entry.layout == "gate_up":
+        return torch.cat(list(tensors))
+    (tensor,) = tensors
+    if entry.layout == "vocab":
+        return torch.cat((tensor, tensor.new_zeros(padded_vocab - tensor.shape[0], *tensor.shape[1:])))
+    return tensor
+
+
+def from_full(entry: Entry, full: Tensor, shape: ModelShape) -> list[Tensor]:
+    """The unsplit Megatron parameter -> Hugging Face tensors, in the entry's order."""
+    if entry.layout == "qkv":
+        heads_per_group = shape.num_heads // shape.num_query_groups
+        grouped = full.view(shape.num_query_groups, -1, *full.shape[1:])
+        parts = grouped.split([heads_per_group * shape.head_dim, shape.head_dim, shape.head_dim], dim=1)
+        return [p.flatten(0, 1) for p in parts]
+    if entry.layout == "gate_up":
+        return list(full.chunk(2))
+    return [full[: shape.vocab_size]] if entry.layout == "vocab" else [full]
+
+
+def shard(entry: Entry, full: Tensor, rank: int, size: int) -> Tensor:
+    """The part of the unsplit parameter that TP rank `rank` of `size` holds."""
+    if entry.tp_dim is None or size == 1:
+        return full
+    if entry.layout == "gate_up":
+        return torch.cat([half.chunk(size)[rank] for half in full.chunk(2)])
+    return full.chunk(size, dim=entry.tp_dim)[rank]
+
+
+def join(entry: Entry, shards: Sequence[Tensor]) -> Tensor:
+    """The shards of all TP ranks, in rank order -> the unsplit parameter."""
+    if entry.tp_dim is None or len(shards) == 1:
+        return shards[0]
+    if entry.layout == "gate_up":
+        halves = [s.chunk(2) for s in shards]
+        return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
+    return torch.cat(list(shards), dim=entry.tp_dim)
