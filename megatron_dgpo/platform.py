@@ -13,6 +13,7 @@ import os
 import queue
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,16 @@ from torch.overrides import TorchFunctionMode
 log = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
+
+# Megatron warns about every optional package once per module and rank, and about its own use of
+# names that torch or Megatron has deprecated. What a run falls back to is logged once instead.
+for _message in (
+    ".*(Transformer Engine|Apex).*not installed",
+    "full scope is deprecated",
+    r"The \.grad attribute of a Tensor that is not a leaf",
+):
+    warnings.filterwarnings("ignore", message=_message)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 _shim: _CudaMeansCpu | None = None
 
 
@@ -85,7 +96,7 @@ def run_megatron_on_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _shim = _CudaMeansCpu()
-    log.info("no GPU: Megatron-Core runs on CPU tensors and gloo")
+    log.info("no GPU: Megatron-Core runs on CPU tensors and gloo, with torch's optimizer and norms")
 
 
 def _write_checkpoints_without_a_manager() -> None:

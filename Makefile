@@ -1,0 +1,41 @@
+# make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
+# make test         the tests
+# make lint         ruff and mypy
+# make bench        step time against TRL
+#
+# PYTHON    interpreter that makes .venv (3.11 or newer)
+# PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
+
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# One thread a process: ranks that share a machine's cores must not fight over them.
+RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
+
+.PHONY: quickstart test lint bench
+
+quickstart: $(STAMP)
+	$(RUN) bash examples/quickstart/run.sh
+
+test: $(STAMP)
+	$(RUN) pytest tests
+
+lint: $(STAMP)
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy
+
+bench: $(STAMP)
+	$(RUN) python tools/bench/vs_trl.py
+
+$(STAMP): requirements-cpu.txt setup.py pyproject.toml megatron_dgpo/data/_packing.cpp
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "error: $(PYTHON) is older than Python 3.11; set PYTHON=..." >&2; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null \
+		|| { echo "error: no C++ compiler found (set CXX=... or install g++)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(PIP_ARGS) -r requirements-cpu.txt
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,172 @@
+"""Settings that are right each by itself and wrong together, or wrong for the model they name.
+
+Each check yields problems as "key: what is wrong and what would be right"; none needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_dgpo.config import Config, SFTConfig
+
+AnyConfig = Config | SFTConfig
+
+
+def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
+    """All problems; `world_size` None means as many processes as one replica takes."""
+    parallel = config.parallel
+    replica = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    world_size = replica if world_size is None else world_size
+    problems = [*_parallel(config, world_size, replica), *_files(config)]
+    if world_size % replica == 0:
+        problems += _batches(config, world_size // replica)
+    problems += _model(config)
+    return problems
+
+
+def _parallel(config: AnyConfig, world_size: int, replica: int) -> Iterator[str]:
+    p = config.parallel
+    if p.context_parallel_size > 1:
+        yield f"parallel.context_parallel_size: {p.context_parallel_size} is not supported yet; use 1"
+    if world_size % replica:
+        yield (
+            f"parallel: {world_size} processes do not divide into replicas of {replica} "
+            f"(tensor {p.tensor_model_parallel_size} x pipeline {p.pipeline_model_parallel_size} "
+            f"x context {p.context_parallel_size}); start a multiple of {replica}"
+        )
+    if p.sequence_parallel and p.tensor_model_parallel_size == 1:
+        yield "parallel.sequence_parallel: needs parallel.tensor_model_parallel_size above 1"
+
+
+def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
+    t, updates = config.train, config.train.steps
+    if isinstance(config, SFTConfig):
+        if config.train.batch_size % dp:
+            yield f"train.batch_size: {config.train.batch_size} does not divide by {dp} data-parallel replicas"
+    else:
+        t = config.train
+        if t.prompts_per_step % t.prompts_per_minibatch:
+            yield (
+                f"train.prompts_per_step: {t.prompts_per_step} is not a multiple of "
+                f"train.prompts_per_minibatch {t.prompts_per_minibatch}"
+            )
+        if t.prompts_per_minibatch % dp:
+            yield (
+                f"train.prompts_per_minibatch: {t.prompts_per_minibatch} does not divide by "
+                f"{dp} data-parallel replicas"
+            )
+        updates *= t.epochs_per_rollout * max(1, t.prompts_per_step // t.prompts_per_minibatch)
+    if config.optimizer.warmup_steps >= updates:
+        yield (
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} leaves nothing of "
+            f"{updates} optimizer steps; use fewer"
+        )
+    if config.optimizer.min_lr > config.optimizer.lr:
+        yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"
+
+
+def _files(config: AnyConfig) -> Iterator[str]:
+    for key, paths in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        for path in paths:
+            if not path.is_file():
+                yield f"{key}: {path} is not a file"
+            elif path.suffix not in (".jsonl", ".parquet"):
+                yield f"{key}: {path} is neither .jsonl nor .parquet"
+    if not config.data.train:
+        yield "data.train: at least one file is needed"
+
+
+def _model(config: AnyConfig) -> Iterator[str]:
+    folder = config.model.path
+    hf = _read_json(folder / "config.json")
+    if isinstance(hf, str):
+        yield f"model.path: {hf}"
+        return
+    if config.model.init == "weights" and not any(folder.glob("*.safetensors")):
+        yield f"model.path: {folder} has no safetensors (model.init = 'random' starts without)"
+    numbers = ("num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
+    for name in numbers:
+        if not isinstance(hf.get(name), int):
+            yield f"model.path: {folder / 'config.json'} has no {name}"
+            return
+    yield from _split(config, hf)
+    yield from _tokenizer(folder, hf["vocab_size"])
+    longest = hf["max_position_embeddings"]
+    if isinstance(config, Config):
+        wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        if wanted > longest:
+            yield (
+                f"rollout.max_new_tokens: with data.max_prompt_tokens it makes {wanted} tokens, "
+                f"and the model has {longest} positions"
+            )
+        if wanted > config.train.max_tokens_per_microbatch:
+            yield (
+                f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} does not hold "
+                f"the longest sequence of {wanted} tokens"
+            )
+    elif config.data.max_tokens > min(longest, config.train.max_tokens_per_microbatch):
+        yield (
+            f"data.max_tokens: {config.data.max_tokens} is above the model's {longest} positions or "
+            f"train.max_tokens_per_microbatch {config.train.max_tokens_per_microbatch}"
+        )
+
+
+def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
+    tp = config.parallel.tensor_model_parallel_size
+    pp = config.parallel.pipeline_model_parallel_size
+    heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
+    for what, count in (
+        ("attention heads", heads),
+        ("key/value heads", hf.get("num_key_value_heads") or heads),
+        ("MLP columns", hf.get("intermediate_size") or tp),
+    ):
+        if count % tp:
+            yield f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {count} {what}"
+    if layers % pp:
+        yield f"parallel.pipeline_model_parallel_size: {pp} does not divide the model's {layers} layers"
+
+
+def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
+    tokenizer = _read_json(folder / "tokenizer.json")
+    if isinstance(tokenizer, str):
+        yield f"model.path: {tokenizer}"
+        return
+    highest = max(_token_ids(tokenizer), default=-1)
+    if highest >= vocab_size:
+        yield (
+            f"model.path: the tokenizer's ids go up to {highest}, but config.json has "
+            f"vocab_size {vocab_size}; it must be at least {highest + 1}"
+        )
+
+
+def _token_ids(tokenizer: dict[str, Any]) -> Iterator[int]:
+    vocabulary = tokenizer.get("model", {}).get("vocab", {})
+    # Unigram models list [piece, score]; the others map piece to id.
+    yield from vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+    yield from (token["id"] for token in tokenizer.get("added_tokens", []))
+
+
+def _read_json(path: Path) -> dict[str, Any] | str:
+    """The parsed object, or what is wrong with the file."""
+    if not path.is_file():
+        return f"{path} is not there"
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"{path} is not valid JSON ({error})"
+    return value if isinstance(value, dict) else f"{path} does not hold a JSON object"
+
+
+def check_passthrough(section: str, given: Iterable[str], known: Iterable[str]) -> Iterator[str]:
+    """Problems for names that Megatron's dataclass does not have."""
+    names = set(known)
+    for key in given:
+        if key not in names:
+            yield f"{section}.{key}: Megatron has no such field"

@@ -1,0 +1,284 @@
+"""From TOML files and a command line to a checked config, or to one clear line a problem.
+
+Files are composed left to right, then `--section.key value` overrides apply. Nothing here needs
+torch, so a wrong setting is refused before a process group or a model exists.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from megatron_dgpo.checks import check_all
+from megatron_dgpo.config import Config, SFTConfig
+
+C = TypeVar("C", bound=Config | SFTConfig)
+ExtraCheck = Callable[[Any], Iterable[str]]
+"""A check that only the caller can make (it needs Megatron, say): problems as "key: message"."""
+
+
+class ConfigError(ValueError):
+    """One or more settings are refused; `problems` has a line for each, "key: what is wrong"."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def load(
+    argv: Sequence[str],
+    schema: type[C],
+    *,
+    extra_checks: Sequence[ExtraCheck] = (),
+    world_size: int | None = None,
+) -> C:
+    """The config of a command line, validated and cross-checked.
+
+    `--help` and `--dry-run` print and raise SystemExit(0); a dry run makes every check first.
+
+    Raises:
+        ConfigError: with all problems that were found.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(help_text(schema))
+        raise SystemExit(0)
+    dry_run = "--dry-run" in argv
+    raw, problems = compose([a for a in argv if a != "--dry-run"])
+    if problems:
+        raise ConfigError(problems)
+    config = validate(raw, schema)
+    if world_size is None and "WORLD_SIZE" in os.environ:
+        world_size = int(os.environ["WORLD_SIZE"])
+    problems = [*check_all(config, world_size), *(p for check in extra_checks for p in check(config))]
+    if problems:
+        raise ConfigError(problems)
+    if dry_run:
+        if os.environ.get("RANK", "0") == "0":
+            print(dump_toml(config))
+        raise SystemExit(0)
+    return config
+
+
+def load_or_exit(argv: Sequence[str], schema: type[C], *, extra_checks: Sequence[ExtraCheck] = ()) -> C:
+    """`load` for entry points: rank 0 prints each problem on a line, and every rank exits with 2."""
+    with refusals():
+        return load(argv, schema, extra_checks=extra_checks)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn a ConfigError, or a bad input file's ValueError, into lines on stderr and status 2."""
+    try:
+        yield
+    except (ConfigError, ValueError, FileNotFoundError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            for line in str(error).splitlines():
+                print(f"error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+# --- files and overrides ----------------------------------------------------------------------------
+
+
+def compose(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """The nested settings of files and overrides, and what is wrong with the words themselves."""
+    raw: dict[str, Any] = {}
+    problems: list[str] = []
+    words = list(argv)
+    overrides: list[tuple[str, str | None]] = []
+    while words:
+        word = words.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                value = words.pop(0) if words and not words[0].startswith("--") else None
+            overrides.append((key, value))
+        else:
+            _merge(raw, _read_toml(word, problems))
+    for key, value in overrides:
+        _set(raw, key, True if value is None else _parse_value(value), problems)
+    return raw, problems
+
+
+def _read_toml(path: str, problems: list[str]) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        problems.append(f"{path}: cannot be read ({error.strerror})")
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"{path}: not valid TOML ({error})")
+    return {}
+
+
+def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _parse_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is not one (paths and names need no quotes)."""
+    try:
+        return tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _set(raw: dict[str, Any], key: str, value: Any, problems: list[str]) -> None:
+    *parents, last = key.split(".")
+    for name in parents:
+        child = raw.setdefault(name, {})
+        if not isinstance(child, dict):
+            problems.append(f"{key}: {name} is not a section")
+            return
+        raw = child
+    raw[last] = value
+
+
+# --- validation -------------------------------------------------------------------------------------
+
+
+def validate(raw: dict[str, Any], schema: type[C]) -> C:
+    """Typed settings. Raises ConfigError with a line for each bad, missing or unknown key."""
+    algorithm = raw.get("algorithm")
+    if isinstance(algorithm, dict) and "algorithm" in schema.model_fields:
+        raw = {**raw, "algorithm": {"name": "dgpo", **algorithm}}
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError([_line(problem, schema) for problem in error.errors()]) from None
+
+
+_EXPECTED = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "dict_type": "a table",
+    "model_type": "a table",
+    "model_attributes_type": "a table",
+    "tuple_type": "a list",
+    "path_type": "a path",
+}
+
+
+def _line(problem: Any, schema: type[BaseModel]) -> str:
+    # The tag of a union is part of pydantic's location, but not of the key.
+    parts = [str(p) for p in problem["loc"]]
+    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in _algorithm_names():
+        del parts[1]
+    key, kind, given = ".".join(parts), problem["type"], problem["input"]
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(key, [k for k, *_ in keys(schema)], n=1, cutoff=0.7)
+        return f"{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
+    if kind == "missing":
+        return f"{key}: missing, and there is no default"
+    if kind == "union_tag_invalid":
+        return f"{key}.name: {given.get('name')!r} is not one of {', '.join(_algorithm_names())}"
+    if kind in _EXPECTED:
+        return f"{key}: {given!r} is not {_EXPECTED[kind]}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key}: {given!r}: {message}"
+
+
+def _algorithm_names() -> list[str]:
+    union = typing.get_args(Config.model_fields["algorithm"].annotation)
+    return [member.model_fields["name"].default for member in union]
+
+
+# --- help and output --------------------------------------------------------------------------------
+
+
+def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
+    """(key, type, default, description) of every setting, in the order of the schema."""
+    for name, info in schema.model_fields.items():
+        members = _models_in(info.annotation)
+        if not members:
+            default = "required" if info.is_required() else _toml_value(info.default)
+            yield f"{prefix}{name}", _type_name(info.annotation), default, info.description or ""
+        seen: set[str] = set()
+        for member in members:
+            for row in keys(member, f"{prefix}{name}."):
+                if row[0] not in seen:
+                    seen.add(row[0])
+                    yield row
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return [m for a in typing.get_args(annotation) for m in _models_in(a)]
+    return []
+
+
+def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is typing.Literal:
+        return " | ".join(map(str, typing.get_args(annotation)))
+    if typing.get_origin(annotation) is tuple:
+        return "list of paths"
+    if typing.get_origin(annotation) is dict:
+        return "table"
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _type_name(typing.get_args(annotation)[0])
+    return {"int": "integer", "float": "number", "bool": "true/false", "str": "text", "Path": "path"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def help_text(schema: type[BaseModel]) -> str:
+    module = "train" if schema is Config else "sft"
+    lines = [
+        f"usage: torchrun --nproc-per-node N -m megatron_dgpo.{module} CONFIG.toml [MORE.toml ...]",
+        "                [--section.key VALUE ...] [--dry-run] [--help]",
+        "",
+        "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
+        "--dry-run makes every check, prints the resolved config and stops.",
+    ]
+    section = ""
+    for key, kind, default, text in keys(schema):
+        head = key.partition(".")[0]
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        lines += [f"  --{key}  <{kind}>  ({default})", f"      {text}"]
+    return "\n".join(lines)
+
+
+def dump_toml(config: BaseModel) -> str:
+    """The config as TOML that `load` reads back to an equal one."""
+    lines: list[str] = []
+    tables = config.model_dump(mode="json")
+    for section, values in tables.items():
+        lines.append(f"[{section}]")
+        lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int):
+        return str(value)
+    return json.dumps(str(value), ensure_ascii=False)

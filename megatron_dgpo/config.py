@@ -1,0 +1,288 @@
+"""Every knob of a run: typed, documented, checked before anything is built.
+
+`Config` is a reinforcement run (megatron_dgpo.train), `SFTConfig` a supervised one
+(megatron_dgpo.sft). How files and command lines become one of them is in `megatron_dgpo.cli`.
+Needs only pydantic.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), strict=True
+    )
+
+
+# A path comes from TOML as a string; everything else keeps its type.
+Folder = Annotated[Path, Field(strict=False)]
+Files = Annotated[tuple[Folder, ...], Field(strict=False)]
+
+
+class RunConfig(Section):
+    folder: Folder = Path("runs/default")
+    """Where everything of the run goes."""
+    seed: Count = 1
+    """Of the data order, the sampling and random start weights."""
+    resume: bool = False
+    """Go on from the newest checkpoint in the folder; start when there is none."""
+    quiet: bool = False
+    """Print results only."""
+
+
+class ModelConfig(Section):
+    path: Folder
+    """A Hugging Face folder: config.json, tokenizer, and safetensors unless init is "random"."""
+    init: Literal["weights", "random"] = "weights"
+    """Start from the folder's weights, or from random ones."""
+    params_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the parameters that compute; the optimizer keeps float32 copies."""
+    layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
+    """Transformer layers; "auto" takes Transformer Engine's where it is installed and there is a GPU."""
+    transformer: dict[str, Any] = {}
+    """Fields of Megatron's TransformerConfig by name."""
+
+
+class ParallelConfig(Section):
+    tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer and the vocabulary."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Stages that the layers are split into."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share each sequence; only 1 is supported so far."""
+    sequence_parallel: bool = False
+    """Split norms and residuals by tokens over the tensor-parallel ranks."""
+    timeout_seconds: PositiveInt = 600
+    """How long a collective waits for a rank before the run ends with an error."""
+
+
+class DataConfig(Section):
+    train: Files
+    """jsonl or parquet files of prompts with gold answers."""
+    prompt_key: str = "prompt"
+    """Column of the prompt: a string or chat messages. Dots reach into nested columns."""
+    answer_key: str = "answer"
+    """Column of the gold answer; rows in DAPO-Math-17k's layout are recognised without it."""
+    apply_chat_template: bool = True
+    """Put the prompt through the tokenizer's chat template."""
+    system_prompt: str = ""
+    """Put before every prompt, as a system message."""
+    max_prompt_tokens: PositiveInt = 1024
+    """Longer prompts are left out, and counted in the log."""
+    shuffle: bool = True
+    """A new order each epoch."""
+
+
+class SFTDataConfig(Section):
+    train: Files
+    """jsonl or parquet files of prompts with responses."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    response_key: str = "response"
+    """Column of the response to learn."""
+    apply_chat_template: bool = True
+    """Put the prompt through the tokenizer's chat template."""
+    system_prompt: str = ""
+    """Put before every prompt, as a system message."""
+    max_tokens: PositiveInt = 2048
+    """Longer rows are left out, and counted in the log."""
+
+
+class RolloutConfig(Section):
+    engine: Literal["embedded"] = "embedded"
+    """embedded: transformers' generation in the training processes."""
+    temperature: Positive = 1.0
+    """Of the sampling; the trained policy is the one at this temperature."""
+    top_p: Probability = 1.0
+    """Nucleus mass; 1 keeps everything."""
+    top_k: Count = 0
+    """Keep this many of the likeliest tokens; 0 keeps all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Drop tokens below this share of the likeliest one's probability."""
+    max_new_tokens: PositiveInt = 1024
+    """A response that has not ended by then is truncated."""
+    max_batch_size: PositiveInt = 256
+    """Samples that a rank generates together."""
+
+
+class RewardConfig(Section):
+    name: str
+    """A registered reward: hash_answer, math_verify, exact_match."""
+    timeout_seconds: Positive = 10.0
+    """A response that takes longer to score has failed, which is not the same as wrong."""
+    num_workers: Count = 0
+    """Scoring processes a rank; 0 scores in the training process, without a time-out."""
+    shuffle: bool = False
+    """Negative control: deal the rewards of a step to its samples at random."""
+
+
+class ClippedConfig(Section):
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """The ratio is clipped below at 1 - clip_low."""
+    clip_high: Positive = 0.2
+    """The ratio is clipped above at 1 + clip_high."""
+    advantage_eps: Positive = 1e-6
+    """Added to the group's standard deviation (Eq. 1)."""
+    normalize_by_std: bool = True
+    """Divide the advantage by the group's standard deviation."""
+    aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
+    """Mean over responses of the mean over tokens (Eq. 7), or one mean over all tokens."""
+
+
+class DGPOConfig(ClippedConfig):
+    name: Literal["dgpo"] = "dgpo"
+    tau: Positive = 1.0
+    """Temperature of the softmax that spreads credit (Eq. 6); small concentrates it."""
+    kappa: NonNegative = 1.0
+    """Exponent of the entropy gate; 0 turns it off."""
+    entropy_normalization: Literal["log_vocab", "none"] = "log_vocab"
+    """Divide the entropy by ln V, or take it in nats."""
+    distance: Literal["hellinger", "reverse_kl"] = "hellinger"
+    """Between policy and reference: squared Hellinger (Eq. 2), or reverse KL for the ablation."""
+    credit_timing: Literal["rollout", "update"] = "rollout"
+    """Take distance and entropy once per rollout batch, or under the current policy at each update."""
+
+
+class GRPOConfig(ClippedConfig):
+    name: Literal["grpo"] = "grpo"
+    kl_coef: NonNegative = 0.0
+    """Weight of the k3 estimate of KL(policy || reference)."""
+
+
+AlgorithmConfig = Annotated[DGPOConfig | GRPOConfig, Field(discriminator="name")]
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    """Rollout batches."""
+    prompts_per_step: PositiveInt
+    """Prompts of a rollout batch, over all ranks."""
+    samples_per_prompt: Annotated[int, Field(ge=2)]
+    """G: responses to each prompt; the group's statistics need two."""
+    prompts_per_minibatch: PositiveInt
+    """Prompts of one optimizer step, over all ranks."""
+    epochs_per_rollout: PositiveInt = 1
+    """Passes over the rollout batch."""
+    max_tokens_per_microbatch: PositiveInt = 8192
+    """Token budget of one forward and backward pass on one replica."""
+
+
+class SFTTrainConfig(Section):
+    steps: PositiveInt
+    """Optimizer steps."""
+    batch_size: PositiveInt
+    """Sequences of an optimizer step, over all ranks."""
+    max_tokens_per_microbatch: PositiveInt = 8192
+    """Token budget of one forward and backward pass on one replica."""
+
+
+class OptimizerConfig(Section):
+    lr: Positive
+    """Highest learning rate."""
+    min_lr: NonNegative = 0.0
+    """Where the decay ends."""
+    warmup_steps: Count = 0
+    """Optimizer steps of linear warm-up."""
+    decay_style: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up, over the rest of the run."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of AdamW."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Of AdamW."""
+    adam_eps: Positive = 1e-8
+    """Of AdamW."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled; not applied to biases and norms."""
+    clip_grad: NonNegative = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    megatron: dict[str, Any] = {}
+    """Fields of Megatron's OptimizerConfig by name."""
+
+
+class CheckpointConfig(Section):
+    every: Count = 20
+    """Steps between checkpoints; 0 writes one at the end only."""
+    keep_last: Count = 2
+    """How many of the newest to keep; 0 keeps all."""
+    keep_best: bool = True
+    """Keep the one with the best held-out avg@k too."""
+    export_hf: bool = True
+    """Write the final policy as a Hugging Face folder."""
+
+
+class EvaluationConfig(Section):
+    data: Files = ()
+    """Held-out prompts; none turns evaluation off."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    answer_key: str = "answer"
+    """Column of the gold answer."""
+    every: Count = 20
+    """Steps between evaluations; 0 evaluates at the start and the end only."""
+    k: PositiveInt = 8
+    """Samples a problem."""
+    temperature: Positive = 1.0
+    """Of the samples."""
+    top_p: Probability = 1.0
+    """Of the samples."""
+    greedy: bool = True
+    """Also report the accuracy of greedy decoding."""
+    max_problems: Count = 0
+    """Use the first so many problems; 0 uses all."""
+
+
+class ObserveConfig(Section):
+    tensorboard: bool = True
+    """Write TensorBoard files beside metrics.jsonl."""
+    samples_per_step: Count = 8
+    """Responses of each step that are kept to read, in whole groups."""
+    every: PositiveInt = 10
+    """Supervised runs: optimizer steps between lines of metrics."""
+
+
+class Config(Section):
+    """A reinforcement-learning run."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig
+    algorithm: AlgorithmConfig = DGPOConfig()
+    train: TrainConfig
+    optimizer: OptimizerConfig
+    ddp: dict[str, Any] = {}
+    """Fields of Megatron's DistributedDataParallelConfig by name."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    observe: ObserveConfig = ObserveConfig()
+
+
+class SFTConfig(Section):
+    """A supervised run; rollout and reward serve its evaluation."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: SFTDataConfig
+    train: SFTTrainConfig
+    optimizer: OptimizerConfig
+    ddp: dict[str, Any] = {}
+    """Fields of Megatron's DistributedDataParallelConfig by name."""
+    checkpoint: CheckpointConfig = CheckpointConfig(every=0)
+    rollout: RolloutConfig = RolloutConfig()
+    reward: RewardConfig = RewardConfig(name="exact_match")
+    evaluation: EvaluationConfig = EvaluationConfig()
+    observe: ObserveConfig = ObserveConfig()

@@ -1,0 +1,176 @@
+"""Prompt data sets, and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_dgpo.data.rows import Renderer, encode, read_rows, require, resolve_paths, to_messages, where
+from megatron_dgpo.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+DAPO_ANSWER_KEY = "reward_model.ground_truth"
+
+
+def load_prompts(
+    paths: Sequence[str | Path] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_key: str,
+    answer_key: str | None,
+    apply_chat_template: bool,
+    system_prompt: str = "",
+    max_prompt_tokens: int | None = None,
+) -> list[Prompt]:
+    """Read prompts from .jsonl and .parquet files, in file and row order.
+
+    A row's prompt is a string or a list of chat messages; keys may be dotted paths. Where a row has no
+    `answer_key` (or that is None) but a `reward_model`, the answer is `reward_model.ground_truth`
+    (the layout of DAPO-Math-17k). An answer is kept as it stands, a worked GSM8K solution included:
+    the reward reads it.
+
+    With `apply_chat_template` the ids are those of the template with the generation prompt; without,
+    those of the system prompt, a blank line and the prompt, and the tokenizer adds its own special
+    tokens. Prompts of more than `max_prompt_tokens` tokens are left out and counted in the log.
+
+    Prompt ids are "<file stem>:<row>", the first row being 1; a row's `data_source`, where it has one,
+    is in the prompt's metadata.
+
+    Raises FileNotFoundError for a missing file, and ValueError, naming file and row, for a row that is
+    malformed, or where no prompt is left.
+    """
+    render = Renderer(tokenizer, apply_chat_template)
+    ids, texts, answers, extras = [], [], [], []
+    keys = [prompt_key, DAPO_ANSWER_KEY, "data_source"] + ([answer_key] if answer_key else [])
+    for path in resolve_paths(paths):
+        for number, row in read_rows(path, keys):
+            at = where(path, number)
+            messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
+            ids.append(f"{path.stem}:{number}")
+            texts.append(render(messages, at))
+            answers.append(_answer(row, answer_key, at))
+            extras.append({"data_source": row["data_source"]} if row.get("data_source") else {})
+    tokens = encode(tokenizer, texts, add_special_tokens=not apply_chat_template)
+    prompts = [
+        Prompt(id=id_, token_ids=token_ids, text=text, answer=answer, metadata=extra)
+        for id_, token_ids, text, answer, extra in zip(ids, tokens, texts, answers, extras, strict=True)
+    ]
+    empty = [prompt.id for prompt in prompts if not prompt.token_ids]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} encodes to no tokens")
+    return prompts if max_prompt_tokens is None else _without_long(prompts, max_prompt_tokens)
+
+
+def _answer(row: dict[str, Any], answer_key: str | None, at: str) -> str:
+    key = answer_key
+    if key is None or (key not in row and key.split(".")[0] not in row):
+        if "reward_model" in row:
+            key = DAPO_ANSWER_KEY
+        elif key is None:
+            raise ValueError(f"{at}: answer_key is not set and the row has no 'reward_model'")
+    value = require(row, key, at)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{at}: {key!r} is a {type(value).__name__}, expected a string or a number")
+    if not value.strip():
+        raise ValueError(f"{at}: {key!r} is empty")
+    return value
+
+
+def _without_long(prompts: list[Prompt], max_prompt_tokens: int) -> list[Prompt]:
+    if max_prompt_tokens < 1:
+        raise ValueError(f"max_prompt_tokens is {max_prompt_tokens}, expected at least 1")
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= max_prompt_tokens]
+    if len(kept) < len(prompts):
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        logger.warning(
+            "left out %d of %d prompts with more than max_prompt_tokens=%d tokens; the longest, %s, has %d",
+            len(prompts) - len(kept), len(prompts), max_prompt_tokens, longest.id, len(longest.token_ids),
+        )  # fmt: skip
+    if not kept:
+        raise ValueError(
+            f"all {len(prompts)} prompts have more than max_prompt_tokens={max_prompt_tokens} tokens"
+        )
+    return kept
+
+
+def deduplicate(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each token sequence, in order; what was dropped is counted in the log.
+
+    Evaluation files repeat each problem once per sample; a run draws its samples itself. Of prompts
+    with equal tokens and different answers the first is kept, with a warning.
+    """
+    first: dict[tuple[int, ...], Prompt] = {}
+    conflicts = []
+    for prompt in prompts:
+        known = first.setdefault(prompt.token_ids, prompt)
+        if known.answer != prompt.answer:
+            conflicts.append((known, prompt))
+    if conflicts:
+        known, other = conflicts[0]
+        logger.warning(
+            "%d repeated prompts have another answer than their first occurrence, which is kept; "
+            "for example %s has %r and %s has %r",
+            len(conflicts), known.id, known.answer, other.id, other.answer,
+        )  # fmt: skip
+    if len(first) < len(prompts):
+        logger.info("%d prompts, %d of them distinct", len(prompts), len(first))
+    return list(first.values())
+
+
+class PromptCursor:
+    """The order of the prompts, as a pure function of (seed, step): a resume needs the step alone.
+
+    The data are the epochs end to end, each a seeded permutation of all prompts; the batch of step s
+    is the positions s * batch_size up to (s + 1) * batch_size. So every prompt is seen exactly once an
+    epoch, and no remainder of an epoch is dropped.
+    """
+
+    def __init__(self, num_prompts: int, batch_size: int, *, seed: int, shuffle: bool) -> None:
+        for name, value in (("num_prompts", num_prompts), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected at least 0")
+        self.num_prompts = num_prompts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self._epoch = -1
+        self._order = np.empty(0, dtype=np.int64)
+
+    def indices(self, step: int) -> list[int]:
+        """The prompts of a step, the first step being 0: `batch_size` numbers below `num_prompts`."""
+        if step < 0:
+            raise ValueError(f"step is {step}, expected at least 0")
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        parts = []
+        while position < end:
+            epoch, start = divmod(position, self.num_prompts)
+            part = self._permutation(epoch)[start : start + end - position]
+            parts.append(part)
+            position += len(part)
+        return np.concatenate(parts).tolist()
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data that are complete before `step`."""
+        return step * self.batch_size / self.num_prompts
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:  # only a cache: the answer does not depend on earlier calls
+            self._order = np.arange(self.num_prompts)
+            if self.shuffle:
+                # numpy promises stable raw bits across its releases, but not stable permutations.
+                bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
+                self._order = np.argsort(bits.random_raw(self.num_prompts), kind="stable")
+            self._epoch = epoch
+        return self._order

@@ -1,0 +1,206 @@
+"""Reads rows from data files and turns prompts into text and ids; every complaint names file and row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+TOKENIZE_CHUNK = 4096
+"""Texts per tokenizer call: large enough to be fast, small enough to keep memory flat."""
+
+
+def read_rows(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (row number, row) from a .jsonl or .parquet file; the first row is 1.
+
+    In a .jsonl file the row number is the line number, and blank lines are passed over. From a
+    .parquet file only the columns in which one of the (dotted) `keys` can lie are read.
+
+    Raises FileNotFoundError for a missing file and ValueError for a malformed or empty one.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist")
+    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    if path.suffix not in readers:
+        raise ValueError(f"data file {path}: unknown type {path.suffix!r}, expected .jsonl or .parquet")
+    empty = True
+    for number, row in readers[path.suffix](path, set(keys)):
+        empty = False
+        yield number, row
+    if empty:
+        raise ValueError(f"data file {path} has no rows")
+
+
+def _read_jsonl(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where(path, number)}: not UTF-8 ({error.reason})") from error
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where(path, number)}: not valid JSON ({error.msg}, column {error.colno})"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{where(path, number)}: expected a JSON object, got {type(row).__name__}"
+                )
+            yield number, row
+
+
+def _read_parquet(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"data file {path}: not a parquet file ({error})") from error
+    wanted = keys | {key.split(".")[0] for key in keys}
+    columns = [name for name in file.schema_arrow.names if name in wanted]
+    if not columns:
+        raise ValueError(
+            f"data file {path}: none of the columns {sorted(keys)}; it has {file.schema_arrow.names}"
+        )
+    number = 0
+    for batch in file.iter_batches(batch_size=4096, columns=columns):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row
+
+
+def where(path: Path, number: int) -> str:
+    return f"{path}, row {number}"
+
+
+def lookup(row: dict[str, Any], key: str) -> Any:
+    """The value under `key`, which may be a dotted path; KeyError where there is none."""
+    if key in row:
+        return row[key]
+    value: Any = row
+    for part in key.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise KeyError(key)
+        value = value[part]
+    return value
+
+
+def require(row: dict[str, Any], key: str, at: str) -> Any:
+    """`lookup` that complains with the place and the keys that are there."""
+    try:
+        return lookup(row, key)
+    except KeyError:
+        raise ValueError(f"{at}: no key {key!r}; the row has {sorted(row)}") from None
+
+
+def to_messages(value: Any, key: str, at: str, system_prompt: str) -> Messages:
+    """A prompt (a string, or chat messages) as chat messages that end with the question.
+
+    Raises ValueError where it is neither, is empty, or names a second system prompt.
+    """
+    if isinstance(value, str):
+        messages = [{"role": "user", "content": value}]
+    elif isinstance(value, list) and value:
+        messages = []
+        for number, message in enumerate(value, start=1):
+            if not isinstance(message, dict):
+                raise ValueError(
+                    f"{at}: message {number} of {key!r} is a {type(message).__name__}, expected an object"
+                )
+            for part in ("role", "content"):
+                if not isinstance(message.get(part), str):
+                    raise ValueError(f"{at}: message {number} of {key!r} has no string {part!r}")
+            messages.append({"role": message["role"], "content": message["content"]})
+    elif isinstance(value, list):
+        raise ValueError(f"{at}: {key!r} is empty")
+    else:
+        raise ValueError(
+            f"{at}: {key!r} is a {type(value).__name__}, expected a string or a list of chat messages"
+        )
+    if not messages[-1]["content"].strip():
+        raise ValueError(f"{at}: {key!r} is empty")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{at}: {key!r} ends with an assistant message; there is nothing to answer")
+    if system_prompt:
+        if messages[0]["role"] == "system":
+            raise ValueError(f"{at}: {key!r} has a system message of its own; leave system_prompt empty")
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages
+
+
+class Renderer:
+    """Turns chat messages into the text that the policy is given."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, apply_chat_template: bool) -> None:
+        if apply_chat_template and not tokenizer.chat_template:
+            raise ValueError(
+                "apply_chat_template is true but the tokenizer has no chat template; "
+                "give it one or set apply_chat_template to false"
+            )
+        self._tokenizer = tokenizer
+        self._template = apply_chat_template
+        # A file in DAPO's layout repeats each problem a hundred times; a template is slow.
+        self._known: dict[tuple[str, ...], str] = {}
+
+    def __call__(self, messages: Messages, at: str) -> str:
+        key = tuple(part for message in messages for part in (message["role"], message["content"]))
+        if key not in self._known:
+            self._known[key] = self._render(messages, at)
+        return self._known[key]
+
+    def _render(self, messages: Messages, at: str) -> str:
+        if self._template:
+            try:
+                text = self._tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True
+                )
+            except Exception as error:  # a template raises errors of its own making
+                raise ValueError(f"{at}: the chat template refuses the prompt: {error}") from error
+            assert isinstance(text, str)
+            return text
+        if sum(message["role"] != "system" for message in messages) > 1:
+            raise ValueError(f"{at}: a prompt of several turns needs apply_chat_template")
+        return "\n\n".join(message["content"] for message in messages)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
+) -> list[tuple[int, ...]]:
+    """Token ids of each text; equal texts are encoded once."""
+    unique = list(dict.fromkeys(texts))
+    ids: dict[str, tuple[int, ...]] = {}
+    for start in range(0, len(unique), TOKENIZE_CHUNK):
+        chunk = unique[start : start + TOKENIZE_CHUNK]
+        encoded = tokenizer(
+            chunk,
+            add_special_tokens=add_special_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids.update(zip(chunk, map(tuple, encoded["input_ids"]), strict=True))
+    return [ids[text] for text in texts]
+
+
+def resolve_paths(paths: Sequence[str | Path] | str | Path) -> list[Path]:
+    """The data files as paths. Their stems become part of each row's id, so they must differ."""
+    listed = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not listed:
+        raise ValueError("no data files given")
+    stems: dict[str, Path] = {}
+    for path in listed:
+        if path.stem in stems:
+            raise ValueError(
+                f"data files {stems[path.stem]} and {path} share the stem {path.stem!r}; rename one"
+            )
+        stems[path.stem] = path
+    return listed

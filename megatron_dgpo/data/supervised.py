@@ -1,0 +1,80 @@
+"""Prompt and response pairs for the supervised cold start."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_dgpo.data.rows import Renderer, encode, read_rows, require, resolve_paths, to_messages, where
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SupervisedExample:
+    """A prompt and the response to learn; the response ends with the end-of-sequence token."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+def load_supervised(
+    paths: Sequence[str | Path] | str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_key: str,
+    response_key: str,
+    apply_chat_template: bool,
+    max_tokens: int,
+    system_prompt: str = "",
+) -> list[SupervisedExample]:
+    """Read prompts and responses from .jsonl and .parquet files, in file and row order.
+
+    Prompts are encoded just as `load_prompts` encodes them; a response is its own tokens and the
+    tokenizer's end-of-sequence token. Examples of more than `max_tokens` prompt and response tokens
+    are left out, never cut, and counted in the log.
+
+    Raises FileNotFoundError for a missing file, and ValueError, naming file and row, for a malformed
+    row; ValueError too where the tokenizer has no end-of-sequence token or no example is left.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, with which every response has to end")
+    render = Renderer(tokenizer, apply_chat_template)
+    prompts, responses = [], []
+    for path in resolve_paths(paths):
+        for number, row in read_rows(path, [prompt_key, response_key]):
+            at = where(path, number)
+            messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
+            prompts.append(render(messages, at))
+            response = require(row, response_key, at)
+            if not isinstance(response, str):
+                raise ValueError(f"{at}: {response_key!r} is a {type(response).__name__}, expected a string")
+            if not response.strip():
+                raise ValueError(f"{at}: {response_key!r} is empty")
+            responses.append(response)
+    prompt_ids = encode(tokenizer, prompts, add_special_tokens=not apply_chat_template)
+    response_ids = encode(tokenizer, responses, add_special_tokens=False)
+    eos = (tokenizer.eos_token_id,)
+    examples = [
+        SupervisedExample(prompt, response if response[-1:] == eos else response + eos)
+        for prompt, response in zip(prompt_ids, response_ids, strict=True)
+    ]
+    kept = [example for example in examples if example.num_tokens <= max_tokens]
+    if len(kept) < len(examples):
+        logger.warning(
+            "left out %d of %d examples with more than max_tokens=%d tokens",
+            len(examples) - len(kept), len(examples), max_tokens,
+        )  # fmt: skip
+    if not kept:
+        raise ValueError(f"all {len(examples)} examples have more than max_tokens={max_tokens} tokens")
+    return kept

@@ -1,0 +1,181 @@
+"""Where the algorithm meets the model: statistics of a rollout batch, and the updates on it.
+
+Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_dgpo.algorithms import Algorithm
+from megatron_dgpo.data import PackItem, pack
+from megatron_dgpo.mcore.policy import NonFiniteUpdate, Policy
+from megatron_dgpo.observe.meters import Sums
+from megatron_dgpo.ops import linear_token_stats
+from megatron_dgpo.types import PackedBatch, Sample, TokenStats
+
+
+@dataclass
+class MiniBatch:
+    """The samples of one optimizer step that this data-parallel replica holds."""
+
+    batches: list[PackedBatch]
+    samples: list[Sample]
+    num_sequences: int
+    """Over all replicas, like num_tokens: the denominators of the loss."""
+    num_tokens: int
+
+
+class Learner:
+    """Turns scored samples into updates of the policy.
+
+    Args:
+        temperature: of the sampling; the policy that is trained is the one that was sampled.
+        max_tokens: token budget of a micro-batch.
+    """
+
+    def __init__(self, policy: Policy, algorithm: Algorithm, *, temperature: float, max_tokens: int) -> None:
+        self.policy = policy
+        self.algorithm = algorithm
+        self.temperature = temperature
+        self.max_tokens = max_tokens
+
+    # --- one rollout batch --------------------------------------------------------------------------
+
+    def pack(self, samples_by_minibatch: Sequence[Sequence[Sample]]) -> list[MiniBatch]:
+        """Pack each mini-batch's samples and fix every token's coefficient from global counts.
+
+        A mini-batch without a single sample on any replica (every reward failed) is left out.
+        """
+        device = self.policy.groups.device
+        minibatches = []
+        for samples in samples_by_minibatch:
+            items = [PackItem(s.prompt.token_ids, s.token_ids, s.advantage) for s in samples]
+            batches = pack(items, max_tokens=self.max_tokens, device=device, min_batches=1)
+            minibatches.append(MiniBatch(batches, list(samples), len(samples), _num_tokens(samples)))
+        counts = torch.tensor([[m.num_sequences, m.num_tokens] for m in minibatches], device=device)
+        dist.all_reduce(counts, group=self.policy.groups.dp)
+        for minibatch, (sequences, tokens) in zip(minibatches, counts.tolist(), strict=True):
+            minibatch.num_sequences, minibatch.num_tokens = sequences, tokens
+            for batch in minibatch.batches if sequences else []:
+                batch.coefficients_T = self.algorithm.token_coefficients(batch, sequences, tokens)
+                batch.features["engine_log_probs"] = _engine_log_probs(batch, minibatch.samples)
+        return [m for m in minibatches if m.num_sequences]
+
+    def prepare(self, minibatches: Sequence[MiniBatch]) -> Sums:
+        """Old log-probs, reference statistics and credit, once per rollout batch.
+
+        Returns the gap between the engine's log-probs and the trainer's.
+        """
+        batches = [b for m in minibatches for b in m.batches]
+        if self.algorithm.needs_reference:
+            with self.policy.reference_weights():
+                hidden = self.policy.forward(batches, lambda hidden_TH, _, __: hidden_TH)
+            for batch, hidden_TH in zip(batches, hidden, strict=False):  # none before the last stage
+                batch.features["reference_hidden"] = hidden_TH
+        sums = Sums()
+        self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums))
+        return sums
+
+    def _rollout_features(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums) -> None:
+        stats = self._stats(hidden, weight, batch, reference=self.algorithm.needs_reference)
+        batch.features.update(self.algorithm.rollout_features(stats, batch))
+        if not self.algorithm.update_needs_reference:
+            batch.features.pop("reference_hidden", None)
+        engine = batch.features["engine_log_probs"]
+        gap = (stats.log_probs - engine)[batch.loss_mask_T].abs().double()
+        sums.add("log_prob_gap", gap.sum(), gap.numel())
+
+    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path) -> Sums:
+        """One optimizer step.
+
+        Raises:
+            NonFiniteUpdate: on all ranks, after saving the mini-batch for replay.
+        """
+        sums = Sums()
+        try:
+            result = self.policy.update(minibatch.batches, self._loss)
+        except NonFiniteUpdate as error:
+            path = save_bad_batch_to / f"bad_batch_rank{self.policy.groups.rank}.pt"
+            torch.save(minibatch, path)
+            raise NonFiniteUpdate(f"{error}; the mini-batch is in {path}") from error
+        # Every replica adds its part of the one loss, and each counts for its share of it.
+        replicas = self.policy.groups.dp.size()
+        sums.add("loss", 0.0, 1 / replicas)
+        for loss, metrics in result.metrics:
+            sums.add("loss", loss, 0)
+            for name, (total, count) in metrics.items():
+                sums.add(name, total, count)
+        sums.add("grad_norm", result.grad_norm / replicas, 1 / replicas)
+        sums.add("learning_rate", result.learning_rate / replicas, 1 / replicas)
+        return sums
+
+    # --- one micro-batch ----------------------------------------------------------------------------
+
+    def _loss(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
+        stats = self._stats(hidden, weight, batch, reference=self.algorithm.update_needs_reference)
+        loss, metrics = self.algorithm.loss(stats, batch)
+        return loss, (loss.detach(), metrics)
+
+    def _stats(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, *, reference: bool) -> TokenStats:
+        return policy_stats(
+            self.policy,
+            hidden,
+            weight,
+            batch,
+            temperature=self.temperature,
+            reference_hidden=batch.features["reference_hidden"] if reference else None,
+        )
+
+
+def policy_stats(
+    policy: Policy,
+    hidden: Tensor,
+    weight: Tensor,
+    batch: PackedBatch,
+    *,
+    temperature: float = 1.0,
+    reference_hidden: Tensor | None = None,
+) -> TokenStats:
+    """TokenStats of a micro-batch from what `Policy` hands to a MicrobatchFn."""
+    return linear_token_stats(
+        hidden,
+        weight,
+        batch.targets_T,
+        reference_hidden=reference_hidden,
+        reference_weight=None if reference_hidden is None else policy.reference_head_weight,
+        tp_group=policy.groups.tp,
+        vocab_size=policy.shape.vocab_size,
+        temperature=temperature,
+        sequence_parallel=policy.config.sequence_parallel,
+    )
+
+
+def supervised_loss(policy: Policy) -> Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]:
+    """Cross-entropy with the batch's coefficients, for `Policy.update`."""
+
+    def loss(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
+        stats = policy_stats(policy, hidden, weight, batch)
+        value = -(batch.coefficients_T * stats.log_probs).sum()
+        return value, value.detach()
+
+    return loss
+
+
+def _num_tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(s.token_ids) for s in samples)
+
+
+def _engine_log_probs(batch: PackedBatch, samples: Sequence[Sample]) -> Tensor:
+    """(T,) the engine's log-probs at the response tokens, 0 elsewhere."""
+    out = torch.zeros(batch.num_tokens, dtype=torch.float32)
+    values = [x for i in batch.sample_ids if i >= 0 for x in samples[i].log_probs]
+    out[batch.loss_mask_T.cpu()] = torch.tensor(values, dtype=torch.float32)
+    return out.to(batch.tokens_T.device)

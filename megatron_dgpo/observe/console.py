@@ -1,0 +1,107 @@
+"""What a run shows on the terminal: one line a step, progress of slow phases, a summary."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+_DELAY = 3.0
+"""Seconds before a phase is worth a progress bar."""
+
+COLUMNS: tuple[tuple[str, str, str], ...] = (
+    ("reward", "reward", "6.3f"),
+    ("loss", "loss", "8.4f"),
+    ("entropy", "entropy", "6.3f"),
+    ("credit_effective_fraction", "eff", "5.3f"),
+    ("clip_fraction", "clip", "6.4f"),
+    ("grad_norm", "grad", "7.3f"),
+    ("response_length", "len", "6.1f"),
+    ("truncated", "trunc", "5.3f"),
+    ("tokens_per_second", "tok/s", "7.0f"),
+    ("time/step", "sec", "6.2f"),
+)
+"""(metric, label, format) of a step's line."""
+
+
+def set_up_logging(quiet: bool, rank: int) -> None:
+    """The package's notes from rank 0 (unless quiet), everybody's warnings from every rank."""
+    logging.basicConfig(format=f"[rank {rank}] %(message)s" if rank else "%(message)s", level=logging.WARNING)
+    logging.getLogger("megatron_dgpo").setLevel(logging.INFO if rank == 0 and not quiet else logging.WARNING)
+
+
+class Console:
+    """Prints on rank 0 only. `quiet` leaves only the tables: the results."""
+
+    def __init__(self, quiet: bool, rank: int) -> None:
+        self._results = rank == 0
+        self._chatty = rank == 0 and not quiet
+
+    def log(self, message: str) -> None:
+        if self._chatty:
+            _print(message)
+
+    def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
+        """One aligned line with the metrics of `COLUMNS`; a metric that is not there shows as "-"."""
+        cells = [f"step {step:{len(str(total))}d}/{total}"]
+        for name, label, form in COLUMNS:
+            width = int(form.split(".")[0])
+            value = metrics.get(name)
+            cells.append(f"{label} " + ("-".rjust(width) if value is None else f"{value:{form}}"))
+        self.log("  ".join(cells))
+
+    @contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[tqdm[Any]]:
+        """A progress bar on stderr, shown once the phase has lasted about three seconds.
+
+        Yields the bar: call `.update(n)`.
+        """
+        # A log file gets a line every ten seconds; a terminal a moving bar.
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        with tqdm(
+            total=total,
+            desc=name,
+            delay=_DELAY,
+            disable=not self._chatty,
+            file=sys.stderr,
+            leave=False,
+            mininterval=interval,
+            dynamic_ncols=True,
+        ) as bar:
+            yield bar
+
+    def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """A titled table; the columns are the keys of all rows in order of appearance.
+
+        Numbers are right-aligned, floats with four significant digits.
+        """
+        if not self._results:
+            return
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        body = [[_cell(row.get(name)) for name in names] for row in rows]
+        widths = [max(map(len, column)) for column in zip(names, *body, strict=True)]
+        numeric = [
+            all(isinstance(row.get(n), (int, float)) or row.get(n) is None for row in rows) for n in names
+        ]
+        _print(f"\n{title}")
+        for line in (names, ["-" * width for width in widths], *body):
+            cells = (
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, numeric, strict=True)
+            )
+            _print("  ".join(cells).rstrip())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print(text: str) -> None:
+    tqdm.write(text, file=sys.stdout)  # keeps a progress bar below the text
+    sys.stdout.flush()

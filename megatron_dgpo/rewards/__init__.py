@@ -1,0 +1,16 @@
+"""Rewards: from a response to a number, or to the reason why there is none."""
+
+from __future__ import annotations
+
+from megatron_dgpo.rewards import exact, math_equivalence  # noqa: F401 - enter their rewards below
+from megatron_dgpo.rewards.base import Outcome, Reward, build_reward, register, reward_names
+
+__all__ = ["Outcome", "Reward", "build_reward", "canonical_answer", "register", "reward_names"]
+
+
+def canonical_answer(name: str, text: str) -> str | None:
+    """The final answer of a response text in the form in which reward `name` counts votes for it.
+
+    None where the text gives no answer. Raises ValueError for an unknown name.
+    """
+    return build_reward(name).canonical_answer(text)

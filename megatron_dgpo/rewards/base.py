@@ -1,0 +1,104 @@
+"""What a reward is, and the registry of rewards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self, TypeVar
+
+from megatron_dgpo.types import Sample
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The result of scoring one response: a value, or the reason of a failure."""
+
+    value: float | None = None
+    parts: dict[str, float] = field(default_factory=dict)
+    """Components to look at when the reward stays at 0, such as whether an answer was found at all."""
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.error is None):
+            raise ValueError(f"an outcome has a value or an error: got {self.value!r} and {self.error!r}")
+
+
+class Reward(ABC):
+    """Scores responses. A reward that fails on a response is not the same as a wrong response."""
+
+    def __init__(self, *, timeout_seconds: float = 10.0, num_workers: int = 0) -> None:
+        if timeout_seconds <= 0:
+            raise ValueError(f"timeout_seconds is {timeout_seconds}, expected more than 0")
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}, expected at least 0")
+        self.timeout_seconds = timeout_seconds
+        self.num_workers = num_workers
+
+    def score(self, samples: Sequence[Sample]) -> None:
+        """Set `reward`, `reward_parts` and `reward_error` of every sample.
+
+        Where scoring fails (time-out, crash, gold answer that cannot be read) or the engine aborted
+        the generation, `reward` is None and `reward_error` says why.
+        """
+        complete = [sample for sample in samples if sample.finish_reason != "abort"]
+        for sample in samples:
+            sample.reward, sample.reward_parts, sample.reward_error = None, {}, "generation was aborted"
+        for sample, outcome in zip(complete, self.outcomes(complete), strict=True):
+            sample.reward = outcome.value
+            sample.reward_parts = dict(outcome.parts)
+            sample.reward_error = outcome.error
+
+    @abstractmethod
+    def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """One outcome for each sample, in order."""
+
+    @abstractmethod
+    def canonical_answer(self, text: str) -> str | None:
+        """The final answer of a response text, equal answers written alike; None without an answer."""
+
+    def close(self) -> None:  # noqa: B027 - most rewards hold nothing
+        """End worker processes, where there are any."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+_registry: dict[str, type[Reward]] = {}
+R = TypeVar("R", bound=type[Reward])
+
+
+def register(name: str) -> Callable[[R], R]:
+    """Class decorator: make a reward available to `build_reward` under `name`."""
+
+    def enter(cls: R) -> R:
+        if _registry.setdefault(name, cls) is not cls:
+            raise ValueError(f"reward {name!r} is registered already, as {_registry[name].__qualname__}")
+        return cls
+
+    return enter
+
+
+def reward_names() -> list[str]:
+    return sorted(_registry)
+
+
+def build_reward(
+    name: str, *, timeout_seconds: float = 10.0, num_workers: int = 0, **options: Any
+) -> Reward:
+    """The reward called `name`.
+
+    A response that takes longer than `timeout_seconds` in one of the `num_workers` processes counts as
+    failed; with no workers scoring runs in the calling process and cannot be timed out.
+
+    Raises ValueError for an unknown name or option.
+    """
+    if name not in _registry:
+        raise ValueError(f"unknown reward {name!r}, expected one of {reward_names()}")
+    try:
+        return _registry[name](timeout_seconds=timeout_seconds, num_workers=num_workers, **options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} does not take the options {sorted(options)}: {error}") from error

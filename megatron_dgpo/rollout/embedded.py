@@ -1,0 +1,313 @@
+"""The engine inside the training process: transformers' own model and generation loop.
+
+For small models and the quick start. It takes weights and gives samples exactly as a server does.
+Shape suffixes: R rows of a batch (one sample each), L padded prompt length, N new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+
+from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.rollout.sampling import EndOrCompact, NonFiniteLogits, TokenChooser, uniforms
+from megatron_dgpo.types import Group, Prompt, Sample
+
+NO_WEIGHTS = -1
+COMPACT_SHARE = 0.5
+"""Finished rows are dropped from a batch when no more than this share of it is still generating."""
+COMPACT_MIN_ROWS = 16
+"""Below this, dropping rows costs more than computing them."""
+_SCORED_LOGITS = 1 << 26
+"""`log_probs` holds about this many logits at once (256 MB)."""
+
+
+class EmbeddedEngine:
+    """A Hugging Face causal language model as a rollout engine.
+
+    The model is built from the folder's configuration and holds no usable weights until the first
+    `update_weights`; the folder's own weights are not read. A sample depends on the weights, the
+    sampling parameters, the prompt's id and tokens and the sample's index, and not on the other
+    prompts of the call or on `max_batch_size` (up to float rounding in the model).
+
+    Args:
+        model_path: folder with config.json and the tokenizer's files.
+        dtype: of weights and activations. Token choice is in float64, log-probs in float32.
+        device: where the model lives.
+        max_batch_size: rows (samples) that are generated together, at most.
+
+    Raises:
+        ValueError: for a max_batch_size below 1.
+        OSError: where the folder has no configuration or tokenizer (from transformers).
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        max_batch_size: int,
+    ) -> None:
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
+        self._device = torch.device(device)
+        self._max_batch_size = max_batch_size
+        self._version = NO_WEIGHTS
+        self._last_version = NO_WEIGHTS
+        config = AutoConfig.from_pretrained(model_path)
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
+        cuda = [self._device] if self._device.type == "cuda" else []
+        # Initialisation draws random numbers; the trainer's generators must not notice.
+        with torch.random.fork_rng(devices=cuda), self._device:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model.requires_grad_(False).eval()
+        # Nothing but SamplingParams may shape the output: no defaults from the folder.
+        model.generation_config = GenerationConfig()
+        self._model: Any = model
+        self._vocab_size = int(config.get_text_config().vocab_size)
+        self._max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights in use; -1 before the first complete update."""
+        return self._version
+
+    def close(self) -> None:
+        """Drop the model; every later call raises RuntimeError."""
+        self._model = None
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Copy a full set of weights into the model, in place.
+
+        A name of a tied pair stands for both; where both come, they must be equal. After an error
+        the engine refuses to generate until an update succeeds.
+
+        Raises:
+            KeyError: for unknown, repeated or missing names, listing them.
+            ValueError: for a shape that differs, unequal tied tensors, or a version below the last one.
+        """
+        if version < max(self._last_version, 0):
+            raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
+        targets = self._open_model().state_dict()
+        self._version = NO_WEIGHTS
+        storages = {name: target.data_ptr() for name, target in targets.items()}
+        taken: dict[str, torch.Tensor] = {}
+        filled: dict[int, str] = {}
+        unknown: list[str] = []
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                if name not in targets or name in taken:
+                    unknown.append(name)
+                    continue
+                if tensor.shape != targets[name].shape:
+                    raise ValueError(
+                        f"weight {name!r} has shape {tuple(tensor.shape)}, "
+                        f"the model expects {tuple(targets[name].shape)}"
+                    )
+                twin = filled.setdefault(storages[name], name)
+                if twin != name and not torch.equal(targets[name], tensor.to(targets[name])):
+                    raise ValueError(f"weights {twin!r} and {name!r} are tied by the config but differ")
+                taken[name] = targets[name].copy_(tensor)
+        missing = [name for name in targets if storages[name] not in filled]
+        if unknown or missing:
+            raise KeyError(
+                f"weights do not fit the model: missing {missing or 'none'}, "
+                f"unknown or repeated {unknown or 'none'}"
+            )
+        self._version = self._last_version = version
+
+    # --- generation -------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[Group]:
+        """`params.n` samples for each prompt, groups in the order of the prompts.
+
+        `on_progress` is called with the number of samples of each batch that is done.
+
+        Raises:
+            ValueError: for an empty, too long or out-of-vocabulary prompt, or two prompts of one id.
+            RuntimeError: without weights, after `close`, or for logits that are not finite (named by
+                prompt id).
+        """
+        self._require_weights()
+        self._check(prompts, params)
+        if not prompts:
+            return []
+        groups = [Group(prompt, []) for prompt in prompts]
+        rows = [(group.prompt, i) for group in groups for i in range(params.n)]
+        order = sorted(range(len(rows)), key=lambda r: len(rows[r][0].token_ids))
+        samples: dict[int, Sample] = {}
+        for start in range(0, len(order), self._max_batch_size):
+            batch = order[start : start + self._max_batch_size]
+            samples.update(zip(batch, self._generate_batch([rows[r] for r in batch], params), strict=True))
+            if on_progress is not None:
+                on_progress(len(batch))
+        texts = self._tokenizer.batch_decode(
+            [samples[r].token_ids for r in range(len(rows))], skip_special_tokens=True
+        )
+        for r, text in enumerate(texts):
+            samples[r].text = text
+            groups[r // params.n].samples.append(samples[r])
+        return groups
+
+    @torch.inference_mode()
+    def _generate_batch(self, rows: list[tuple[Prompt, int]], params: SamplingParams) -> list[Sample]:
+        numbers_RN = np.stack([uniforms(params.seed, p.id, i, params.max_new_tokens) for p, i in rows])
+        chooser = TokenChooser(params, torch.from_numpy(numbers_RN).to(self._device))
+        try:
+            self._run(*self._left_padded([p.token_ids for p, _ in rows]), chooser, params)
+        except NonFiniteLogits as error:
+            names = sorted({rows[r][0].id for r in error.rows})
+            raise RuntimeError(
+                f"non-finite logits at response token {chooser.step} of prompt(s) {', '.join(names)} "
+                f"with weight version {self._version}"
+            ) from error
+        return self._samples(rows, chooser, params)
+
+    def _run(
+        self, ids_RL: torch.Tensor, mask_RL: torch.Tensor, chooser: TokenChooser, params: SamplingParams
+    ) -> None:
+        """Call transformers' generate until every row has ended, dropping finished rows in between."""
+        cache = DynamicCache(config=self._model.config.get_text_config())
+        while chooser.step < params.max_new_tokens and len(ids_RL):
+            share = COMPACT_SHARE if len(ids_RL) >= COMPACT_MIN_ROWS else 0.0
+            before = ids_RL.shape[1]
+            ids_RL = self._model.generate(
+                ids_RL,
+                attention_mask=mask_RL,
+                past_key_values=cache,
+                logits_processor=LogitsProcessorList([chooser]),
+                stopping_criteria=StoppingCriteriaList([EndOrCompact(chooser, share)]),
+                generation_config=GenerationConfig(
+                    max_new_tokens=params.max_new_tokens - chooser.step,
+                    do_sample=False,
+                    use_cache=True,
+                ),
+            )
+            kept = (~chooser.ended_A).nonzero().squeeze(1)
+            chooser.keep(kept)
+            mask_RL = torch.nn.functional.pad(mask_RL, (0, ids_RL.shape[1] - before), value=1)
+            ids_RL, mask_RL = ids_RL[kept], mask_RL[kept]
+            cache.batch_select_indices(kept)
+
+    def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and attention mask, int64 (R, L)."""
+        longest = max(map(len, sequences))
+        ids_RL = np.zeros((len(sequences), longest), dtype=np.int64)
+        mask_RL = np.zeros_like(ids_RL)
+        for r, sequence in enumerate(sequences):
+            ids_RL[r, longest - len(sequence) :] = sequence
+            mask_RL[r, longest - len(sequence) :] = 1
+        return torch.from_numpy(ids_RL).to(self._device), torch.from_numpy(mask_RL).to(self._device)
+
+    def _samples(
+        self, rows: list[tuple[Prompt, int]], chooser: TokenChooser, params: SamplingParams
+    ) -> list[Sample]:
+        stops = set(params.stop_token_ids)
+        out = []
+        chosen = chooser.tokens_RN[:, : chooser.step].tolist(), chooser.log_probs_RN.tolist()
+        for (prompt, index), tokens, log_probs in zip(rows, *chosen, strict=True):
+            length = next((t + 1 for t, token in enumerate(tokens) if token in stops), len(tokens))
+            out.append(
+                Sample(
+                    prompt=prompt,
+                    index=index,
+                    token_ids=tokens[:length],
+                    log_probs=log_probs[:length],
+                    finish_reason="stop" if tokens[length - 1] in stops else "length",
+                    weight_version=self._version,
+                )
+            )
+        return out
+
+    # --- scoring ----------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def log_probs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Score given sequences at temperature 1; entry t is of token t + 1 after tokens 0..t.
+
+        Raises ValueError for an empty or out-of-vocabulary sequence, RuntimeError without weights.
+        """
+        self._require_weights()
+        for k, sequence in enumerate(token_ids):
+            self._check_tokens(sequence, f"sequence {k}")
+        out: list[list[float]] = [[] for _ in token_ids]
+        for batch in self._scoring_batches([len(s) for s in token_ids]):
+            longest = max(len(token_ids[k]) for k in batch)
+            # Padded on the right: under a causal mask no real token sees the padding.
+            ids = torch.tensor(
+                [[*token_ids[k], *[0] * (longest - len(token_ids[k]))] for k in batch], device=self._device
+            )
+            logits = self._model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            targets = ids[:, 1:].unsqueeze(2)
+            scores = (logits.gather(2, targets).squeeze(2) - logits.logsumexp(-1)).tolist()
+            for k, row in zip(batch, scores, strict=True):
+                out[k] = row[: len(token_ids[k]) - 1]
+        return out
+
+    def _scoring_batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Runs of sequences of similar length within max_batch_size and the logits budget."""
+        batch: list[int] = []
+        for k in sorted(range(len(lengths)), key=lengths.__getitem__):
+            size = (len(batch) + 1) * lengths[k] * self._vocab_size
+            if batch and (len(batch) == self._max_batch_size or size > _SCORED_LOGITS):
+                yield batch
+                batch = []
+            batch.append(k)
+        if batch:
+            yield batch
+
+    # --- checks -----------------------------------------------------------------------------------
+
+    def _open_model(self) -> Any:
+        if self._model is None:
+            raise RuntimeError("the engine is closed")
+        return self._model
+
+    def _require_weights(self) -> None:
+        self._open_model()
+        if self._version == NO_WEIGHTS:
+            raise RuntimeError("the engine has no complete weights: call update_weights first")
+
+    def _check_tokens(self, tokens: Sequence[int], who: str) -> None:
+        if not len(tokens):
+            raise ValueError(f"{who} has no tokens")
+        low, high = min(tokens), max(tokens)
+        if low < 0 or high >= self._vocab_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"{who} has token id {wrong}, outside the vocabulary of {self._vocab_size}")
+
+    def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        seen: set[str] = set()
+        for prompt in prompts:
+            self._check_tokens(prompt.token_ids, f"prompt {prompt.id!r}")
+            if prompt.id in seen:
+                raise ValueError(f"prompt id {prompt.id!r} occurs twice in a call: equal samples")
+            seen.add(prompt.id)
+            total = len(prompt.token_ids) + params.max_new_tokens
+            if self._max_positions is not None and total > self._max_positions:
+                raise ValueError(
+                    f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens and max_new_tokens "
+                    f"{params.max_new_tokens} exceed the model's {self._max_positions} positions"
+                )

@@ -1,0 +1,298 @@
+"""What the supervised and the reinforcement run share: folder, state, policy, evaluation, signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_dgpo import platform
+from megatron_dgpo.checks import AnyConfig, check_passthrough
+from megatron_dgpo.cli import C, dump_toml, load_or_exit
+from megatron_dgpo.data import load_prompts
+from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.evaluation.metrics import summarize
+from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+from megatron_dgpo.mcore.model import ModelShape, build_model
+from megatron_dgpo.mcore.policy import Policy
+from megatron_dgpo.observe.console import Console
+from megatron_dgpo.observe.meters import Sums
+from megatron_dgpo.observe.metrics import MetricsWriter
+from megatron_dgpo.observe.run_info import write_versions
+from megatron_dgpo.rewards.base import Reward
+from megatron_dgpo.rollout.collect import collect
+from megatron_dgpo.rollout.embedded import EmbeddedEngine
+from megatron_dgpo.rollout.engine import Engine, SamplingParams
+from megatron_dgpo.types import Prompt
+from megatron_dgpo.weights import convert
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class StopSignal:
+    """SIGTERM asks the run to save and end after the current step."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_: Any) -> None:
+        self._asked = True
+
+    def on_any_rank(self, groups: platform.Groups) -> bool:
+        return platform.any_rank(self._asked, groups)
+
+
+@dataclass
+class RunState:
+    """What a resumed run knows of its past; saved with every checkpoint."""
+
+    step: int = 0
+    """Steps completed."""
+    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Step -> metrics."""
+
+    def to_json(self, groups: platform.Groups, k: int) -> dict[str, Any]:
+        score = self.evaluations.get(str(self.step), {}).get(f"avg@{k}")
+        return {**dataclasses.asdict(self), "score": score, "world_size": groups.world_size}
+
+    @classmethod
+    def from_json(cls, state: dict[str, Any]) -> RunState:
+        return cls(step=state["step"], evaluations=state["evaluations"])
+
+
+class RunFolder:
+    """`<folder>`: resolved config, versions, metrics, samples, checkpoints, exported policy."""
+
+    def __init__(self, config: AnyConfig, groups: platform.Groups) -> None:
+        self.path = config.run.folder
+        self.checkpoints = CheckpointStore(
+            self.path / "checkpoints",
+            groups,
+            keep_last=config.checkpoint.keep_last,
+            keep_best=config.checkpoint.keep_best,
+        )
+        self.hf = self.path / "hf"
+        self.metrics: MetricsWriter | None = None
+        if groups.rank == 0:
+            (self.path / "config.toml").write_text(dump_toml(config))
+            write_versions(self.path)
+            self.metrics = MetricsWriter(self.path, tensorboard=config.observe.tensorboard)
+
+    def write_metrics(self, step: int, values: dict[str, float], phase: str) -> None:
+        if self.metrics is not None:
+            self.metrics.write(step, values, phase=phase)  # type: ignore[arg-type]
+
+
+def restore_or_start(policy: Policy, folder: RunFolder, console: Console, *, resume: bool) -> RunState:
+    """The state of the newest complete checkpoint, loaded into the policy, or a fresh one."""
+    latest = folder.checkpoints.latest() if resume else None
+    if latest is None:
+        if folder.metrics is not None:
+            folder.metrics.truncate_after(-1)
+        return RunState()
+    restore(policy, latest)
+    if folder.metrics is not None:
+        folder.metrics.truncate_after(latest.step)
+    console.log(f"resumed from {latest.path}: {latest.step} steps done")
+    return RunState.from_json(latest.state)
+
+
+def build_policy(
+    config: AnyConfig, groups: platform.Groups, *, total_updates: int, keep_reference: bool
+) -> Policy:
+    """The model with its start weights, wrapped for training. The reference is the start policy."""
+    shape = ModelShape.from_folder(config.model.path)
+    model = build_model(
+        shape,
+        config.parallel,
+        groups,
+        params_dtype=DTYPES[config.model.params_dtype],
+        layer_spec=config.model.layer_spec,
+        overrides=config.model.transformer,
+    )
+    if config.model.init == "random":
+        source = convert.random_source(config.model.path, config.run.seed)
+    else:
+        source = convert.folder_source(config.model.path)
+    convert.load_hf(model, groups, *source)
+    return Policy(
+        model,
+        groups,
+        config.optimizer,
+        total_updates=total_updates,
+        ddp=config.ddp,
+        keep_reference=keep_reference,
+    )
+
+
+def build_engine(config: AnyConfig, groups: platform.Groups) -> Engine:
+    return EmbeddedEngine(
+        config.model.path,
+        dtype=DTYPES[config.model.params_dtype],
+        device=groups.device,
+        max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
+    """The evaluation's prompts, each problem once."""
+    if not config.evaluation.data:
+        return []
+    prompts = deduplicate(
+        load_prompts(
+            config.evaluation.data,
+            tokenizer,
+            prompt_key=config.evaluation.prompt_key,
+            answer_key=config.evaluation.answer_key,
+            apply_chat_template=config.data.apply_chat_template,
+            system_prompt=config.data.system_prompt,
+        )
+    )
+    return prompts[: config.evaluation.max_problems or None]
+
+
+class Evaluator:
+    """avg@k and the rest on held-out prompts, which all ranks share out."""
+
+    def __init__(
+        self,
+        config: AnyConfig,
+        groups: platform.Groups,
+        engine: Engine,
+        reward: Reward,
+        prompts: Sequence[Prompt],
+        stop_token_ids: tuple[int, ...],
+    ) -> None:
+        self._c = config.evaluation
+        self._groups = groups
+        self._engine = engine
+        self._reward = reward
+        self._prompts = prompts
+        # The same random numbers at every evaluation: differences are the policy's.
+        self._params = SamplingParams(
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=self._c.temperature,
+            top_p=self._c.top_p,
+            n=self._c.k,
+            seed=config.run.seed,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def due(self, step: int, last_step: int) -> bool:
+        if not self._prompts:
+            return False
+        return step in (0, last_step) or (self._c.every > 0 and step % self._c.every == 0)
+
+    def __call__(self, console: Console, step: int) -> dict[str, float]:
+        metrics = self._run(self._params, console, f"evaluation at step {step}")
+        if self._c.greedy:
+            greedy = self._run(dataclasses.replace(self._params, temperature=0.0, n=1), console, "greedy")
+            metrics["greedy"] = greedy["avg@1"]
+        return metrics
+
+    def _run(self, params: SamplingParams, console: Console, name: str) -> dict[str, float]:
+        world = self._groups.world
+        share = len(self._prompts[world.rank() :: world.size()]) * params.n
+        with console.phase(name, share) as bar:
+            groups = collect(
+                self._engine, self._reward.score, self._prompts, params, world, on_progress=bar.update
+            )
+        return summarize(groups, params.n, canonical_answer=self._reward.canonical_answer)
+
+
+def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
+    """Means over all data-parallel replicas, the same on every rank.
+
+    One rank a replica has seen the loss; the others' sums repeat it and are left out.
+    """
+    merged = Sums()
+    for part in platform.gather_objects(sums if groups.speaks_for_tokens else None, groups.world):
+        if part is not None:
+            merged.merge(part)
+    return merged.means()
+
+
+def peak_memory_bytes(groups: platform.Groups) -> int:
+    """Peak resident memory of all ranks together."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit], device=groups.device)
+    dist.all_reduce(peak, group=groups.world)
+    return int(peak.item())
+
+
+def finish(
+    config: AnyConfig,
+    policy: Policy,
+    folder: RunFolder,
+    state: RunState,
+    console: Console,
+    seconds: float,
+) -> None:
+    """Export the policy, and say what came out and where it is."""
+    if config.checkpoint.export_hf:
+        convert.save_hf(policy.model, policy.groups, config.model.path, folder.hf)
+    rows = []
+    names = [f"avg@{config.evaluation.k}", f"pass@{config.evaluation.k}", f"cons@{config.evaluation.k}", "greedy"]
+    for step, result in sorted(state.evaluations.items(), key=lambda item: int(item[0])):
+        rows.append(
+            {"step": int(step)}
+            | {name: result[name] for name in names if name in result}
+            | {"truncated": result["truncation_rate"], "problems": int(result["num_problems"])}
+        )
+    if rows:
+        console.table("Held-out accuracy", rows)
+    console.table(
+        "This run",
+        [
+            {"what": "steps", "value": str(state.step)},
+            {"what": "time", "value": f"{seconds:.0f} s (since the last start)"},
+            {"what": "metrics", "value": str(folder.path / "metrics.jsonl")},
+            {"what": "checkpoints", "value": str(folder.checkpoints.folder)},
+        ]
+        + ([{"what": "policy (HF)", "value": str(folder.hf)}] if config.checkpoint.export_hf else []),
+    )
+
+
+def parse(argv: Sequence[str], schema: type[C]) -> C:
+    """Config from the command line, with the checks that need Megatron or the run folder.
+
+    Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
+    """
+    return load_or_exit(argv, schema, extra_checks=(_megatron_fields, _used_folder, _model_family))
+
+
+def _megatron_fields(config: AnyConfig) -> Iterator[str]:
+    for section, given, cls in (
+        ("model.transformer", config.model.transformer, TransformerConfig),
+        ("ddp", config.ddp, DistributedDataParallelConfig),
+        ("optimizer.megatron", config.optimizer.megatron, OptimizerConfig),
+    ):
+        yield from check_passthrough(section, given, [f.name for f in dataclasses.fields(cls)])
+
+
+def _used_folder(config: AnyConfig) -> Iterator[str]:
+    folder = config.run.folder
+    if (folder / "metrics.jsonl").exists() and not config.run.resume:
+        yield (
+            f"run.folder: {folder} already holds a run (add --run.resume to go on with it, "
+            "or choose another folder)"
+        )
+
+
+def _model_family(config: AnyConfig) -> Iterator[str]:
+    if (config.model.path / "config.json").is_file():
+        try:
+            ModelShape.from_folder(config.model.path)
+        except (ValueError, KeyError) as error:
+            yield f"model.path: {config.model.path}: {error}"

@@ -1,0 +1,150 @@
+"""The supervised cold start: `torchrun -m megatron_dgpo.sft CONFIG.toml [--section.key value]`.
+
+Same model, parallelism, optimizer and checkpoints as the reinforcement run; its exported policy is
+where that one starts.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import AutoTokenizer
+
+from megatron_dgpo import platform
+from megatron_dgpo.algorithms.surrogate import token_coefficients
+from megatron_dgpo.config import SFTConfig
+from megatron_dgpo.data import PackItem, PromptCursor, load_supervised, pack
+from megatron_dgpo.data.supervised import SupervisedExample
+from megatron_dgpo.learner import supervised_loss
+from megatron_dgpo.mcore.policy import Policy
+from megatron_dgpo.observe.console import Console, set_up_logging
+from megatron_dgpo.rewards import build_reward
+from megatron_dgpo.run import (
+    Evaluator,
+    RunFolder,
+    RunState,
+    StopSignal,
+    build_engine,
+    build_policy,
+    finish,
+    load_heldout,
+    parse,
+    restore_or_start,
+)
+from megatron_dgpo.types import PackedBatch
+from megatron_dgpo.weights.sync import WeightSync
+
+_REPORT_EVERY_SECONDS = 10.0
+
+
+def run(config: SFTConfig, groups: platform.Groups) -> None:
+    """The whole run on one rank."""
+    started, stop = time.perf_counter(), StopSignal()
+    console = Console(config.run.quiet, groups.rank)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    examples = load_supervised(
+        config.data.train,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        response_key=config.data.response_key,
+        apply_chat_template=config.data.apply_chat_template,
+        max_tokens=config.data.max_tokens,
+        system_prompt=config.data.system_prompt,
+    )
+    c = config.train
+    cursor = PromptCursor(len(examples), c.batch_size, seed=config.run.seed, shuffle=True)
+    policy = build_policy(config, groups, total_updates=c.steps, keep_reference=False)
+    folder = RunFolder(config, groups)
+    state = restore_or_start(policy, folder, console, resume=config.run.resume)
+    loss_fn, reported = supervised_loss(policy), time.perf_counter()
+
+    with console.phase("cold start", c.steps) as bar:
+        bar.update(state.step)
+        while state.step < c.steps:
+            batches = batch_of_step([examples[i] for i in cursor.indices(state.step)], config, groups)
+            result = policy.update(batches, loss_fn)
+            state.step += 1
+            bar.update()
+            last = state.step == c.steps
+            if last or state.step % config.observe.every == 0:
+                loss = global_sum(sum(float(x) for x in result.metrics), groups)
+                metrics = {"loss": loss, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate}
+                folder.write_metrics(state.step, metrics, "train")
+                if last or time.perf_counter() - reported > _REPORT_EVERY_SECONDS:
+                    reported = time.perf_counter()
+                    console.log(f"step {state.step:5d}/{c.steps}  loss {loss:.4f}  grad {result.grad_norm:.3f}")
+            stopping = stop.on_any_rank(groups)
+            every = config.checkpoint.every
+            if stopping or last or (every and state.step % every == 0):
+                if last:
+                    evaluate_once(config, groups, policy, tokenizer, folder, state, console)
+                folder.checkpoints.save(policy, state.to_json(groups, config.evaluation.k))
+            if stopping and not last:
+                console.log(f"asked to stop: saved after step {state.step}; go on with --run.resume")
+                return
+    finish(config, policy, folder, state, console, time.perf_counter() - started)
+
+
+def batch_of_step(
+    examples: Sequence[SupervisedExample], config: SFTConfig, groups: platform.Groups
+) -> list[PackedBatch]:
+    """This replica's share of a step's examples, packed; the loss is the mean over all answer tokens."""
+    mine = examples[groups.dp.rank() :: groups.dp.size()]
+    items = [PackItem(e.prompt_ids, e.response_ids) for e in mine]
+    batches = pack(items, max_tokens=config.train.max_tokens_per_microbatch, device=groups.device)
+    num_tokens = sum(len(e.response_ids) for e in examples)
+    for batch in batches:
+        batch.coefficients_T = token_coefficients(
+            batch.cu_seqlens, batch.loss_mask_T, "token_mean", num_sequences=len(examples), num_tokens=num_tokens
+        )
+    return batches
+
+
+def global_sum(value: float, groups: platform.Groups) -> float:
+    """Sum over replicas of a number that is right on the ranks that speak for tokens."""
+    import torch
+
+    total = torch.tensor([value if groups.speaks_for_tokens else 0.0], dtype=torch.float64, device=groups.device)
+    dist.all_reduce(total, group=groups.world)
+    return float(total)
+
+
+def evaluate_once(
+    config: SFTConfig,
+    groups: platform.Groups,
+    policy: Policy,
+    tokenizer: object,
+    folder: RunFolder,
+    state: RunState,
+    console: Console,
+) -> None:
+    """Held-out accuracy of the finished cold start."""
+    prompts = load_heldout(config, tokenizer)
+    if not prompts:
+        return
+    engine = build_engine(config, groups)
+    WeightSync(policy.model, groups, engine).push(version=state.step)
+    r = config.reward
+    with build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers) as reward:
+        stop_ids = (tokenizer.eos_token_id,)  # type: ignore[attr-defined]
+        result = Evaluator(config, groups, engine, reward, prompts, stop_ids)(console, state.step)
+    engine.close()
+    state.evaluations[str(state.step)] = result
+    folder.write_metrics(state.step, result, "eval")
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(sys.argv[1:] if argv is None else argv, SFTConfig)
+    set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
+    with platform.distributed(config.parallel, seed=config.run.seed) as groups:
+        run(config, groups)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""The reinforcement-learning run: `torchrun -m megatron_dgpo.train CONFIG.toml [--section.key value]`.
+
+`run` is the loop; `Trainer` holds the parts that it moves.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import AutoTokenizer
+
+from megatron_dgpo import platform
+from megatron_dgpo.algorithms import build_algorithm
+from megatron_dgpo.config import Config
+from megatron_dgpo.data import PromptCursor, load_prompts
+from megatron_dgpo.learner import Learner, MiniBatch
+from megatron_dgpo.mcore.model import ModelShape
+from megatron_dgpo.observe.console import Console, set_up_logging
+from megatron_dgpo.observe.meters import PhaseTimer, Sums
+from megatron_dgpo.observe.samples import SampleWriter
+from megatron_dgpo.rewards import build_reward
+from megatron_dgpo.rollout.collect import collect, minibatch_shares
+from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.run import (
+    Evaluator,
+    RunFolder,
+    RunState,
+    StopSignal,
+    build_engine,
+    build_policy,
+    finish,
+    load_heldout,
+    merge_over_ranks,
+    parse,
+    peak_memory_bytes,
+    restore_or_start,
+)
+from megatron_dgpo.types import Group
+from megatron_dgpo.weights.sync import WeightSync
+
+
+def run(config: Config, groups: platform.Groups) -> None:
+    """The whole run on one rank: generate, score, learn, sync; evaluate and save when due."""
+    started, stop = time.perf_counter(), StopSignal()
+    console = Console(config.run.quiet, groups.rank)
+    trainer = Trainer(config, groups, console)
+    folder = RunFolder(config, groups)
+    state = restore_or_start(trainer.policy, folder, console, resume=config.run.resume)
+    trainer.sync.push(version=state.step)
+    if state.step == 0:
+        trainer.evaluate_when_due(state, folder)
+
+    while state.step < config.train.steps:
+        with trainer.timer("step"):
+            with trainer.timer("generate"):
+                groups_by_minibatch = trainer.rollout(state.step)
+            with trainer.timer("prepare"):
+                minibatches, sums = trainer.prepare(groups_by_minibatch)
+            with trainer.timer("update"):
+                sums.merge(trainer.update(minibatches, folder))
+            state.step += 1
+            with trainer.timer("sync"):
+                trainer.sync.push(version=state.step)
+        trainer.record(state, folder, groups_by_minibatch, sums)
+        trainer.evaluate_when_due(state, folder)
+        stopping = stop.on_any_rank(groups)
+        every = config.checkpoint.every
+        if stopping or state.step == config.train.steps or (every and state.step % every == 0):
+            folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k))
+        if stopping and state.step < config.train.steps:
+            console.log(f"asked to stop: saved after step {state.step}; go on with --run.resume")
+            break
+    else:
+        finish(config, trainer.policy, folder, state, console, time.perf_counter() - started)
+    trainer.close()
+
+
+class Trainer:
+    """Policy, engine, reward and data of a run, and the stages of one step."""
+
+    def __init__(self, config: Config, groups: platform.Groups, console: Console) -> None:
+        self.config, self.groups, self.console = config, groups, console
+        self.timer = PhaseTimer()
+        c = config.train
+        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+        self.stop_ids = (tokenizer.eos_token_id,)
+        self.prompts = load_prompts(
+            config.data.train,
+            tokenizer,
+            prompt_key=config.data.prompt_key,
+            answer_key=config.data.answer_key,
+            apply_chat_template=config.data.apply_chat_template,
+            system_prompt=config.data.system_prompt,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+        self.cursor = PromptCursor(
+            len(self.prompts), c.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
+        )
+        heldout = load_heldout(config, tokenizer)
+        vocab_size = ModelShape.from_folder(config.model.path).vocab_size
+        self.algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
+        self.policy = build_policy(
+            config,
+            groups,
+            total_updates=c.steps * c.epochs_per_rollout * (c.prompts_per_step // c.prompts_per_minibatch),
+            keep_reference=self.algorithm.needs_reference,
+        )
+        self.learner = Learner(
+            self.policy,
+            self.algorithm,
+            temperature=config.rollout.temperature,
+            max_tokens=c.max_tokens_per_microbatch,
+        )
+        self.engine = build_engine(config, groups)
+        self.sync = WeightSync(self.policy.model, groups, self.engine)
+        self.reward = build_reward(
+            config.reward.name,
+            timeout_seconds=config.reward.timeout_seconds,
+            num_workers=config.reward.num_workers,
+        )
+        self.evaluator = Evaluator(config, groups, self.engine, self.reward, heldout, self.stop_ids)
+
+    def rollout(self, step: int) -> list[list[Group]]:
+        """This replica's scored groups, by mini-batch, with their advantages."""
+        shares = minibatch_shares(
+            self.cursor.indices(step),
+            self.config.train.prompts_per_minibatch,
+            self.groups.dp.rank(),
+            self.groups.dp.size(),
+        )
+        mine = [self.prompts[i] for share in shares for i in share]
+        params = self.sampling(step)
+        with self.console.phase("rollout", len(mine) * params.n // self.groups.replica.size()) as bar:
+            generated = collect(
+                self.engine, self.reward.score, mine, params, self.groups.replica, on_progress=bar.update
+            )
+        if self.config.reward.shuffle:
+            shuffle_rewards(generated, seed=params.seed)
+        self.algorithm.assign_advantages(generated)
+        left = iter(generated)
+        return [[next(left) for _ in share] for share in shares]
+
+    def sampling(self, step: int) -> SamplingParams:
+        """Every step has its own random numbers, and a resumed run the same ones."""
+        r = self.config.rollout
+        return SamplingParams(
+            max_new_tokens=r.max_new_tokens,
+            temperature=r.temperature,
+            top_p=r.top_p,
+            top_k=r.top_k,
+            min_p=r.min_p,
+            n=self.config.train.samples_per_prompt,
+            seed=self.config.run.seed * 1_000_003 + step,
+            stop_token_ids=self.stop_ids,
+        )
+
+    def prepare(self, groups_by_minibatch: Sequence[Sequence[Group]]) -> tuple[list[MiniBatch], Sums]:
+        """Packed mini-batches with everything that is fixed before the first update."""
+        minibatches = self.learner.pack([self.algorithm.select(list(g)) for g in groups_by_minibatch])
+        return minibatches, self.learner.prepare(minibatches)
+
+    def update(self, minibatches: Sequence[MiniBatch], folder: RunFolder) -> Sums:
+        sums = Sums()
+        epochs = self.config.train.epochs_per_rollout
+        with self.console.phase("update", epochs * len(minibatches)) as bar:
+            for _ in range(epochs):
+                for minibatch in minibatches:
+                    sums.merge(self.learner.update(minibatch, save_bad_batch_to=folder.path))
+                    bar.update()
+        return sums
+
+    def record(
+        self, state: RunState, folder: RunFolder, groups_by_minibatch: list[list[Group]], sums: Sums
+    ) -> None:
+        """Metrics over all ranks, one line on the terminal, and some samples to read."""
+        generated = [g for groups in groups_by_minibatch for g in groups]
+        sums.merge(rollout_sums(generated, self.groups.dp.size()))
+        metrics = merge_over_ranks(sums, self.groups) | self.timer.pop()
+        metrics["tokens_per_second"] = metrics["response_tokens"] / metrics["time/step"]
+        metrics["memory/peak_rss_bytes"] = peak_memory_bytes(self.groups)
+        folder.write_metrics(state.step, metrics, "train")
+        if self.groups.rank == 0 and (wanted := self.config.observe.samples_per_step):
+            n = self.config.train.samples_per_prompt
+            SampleWriter(folder.path).write(state.step, generated[: max(1, wanted // n)])
+        self.console.step_line(state.step, self.config.train.steps, metrics)
+
+    def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:
+        if not self.evaluator.due(state.step, self.config.train.steps):
+            return
+        result = state.evaluations[str(state.step)] = self.evaluator(self.console, state.step)
+        folder.write_metrics(state.step, result, "eval")
+        k = self.config.evaluation.k
+        shown = [name for name in (f"avg@{k}", f"pass@{k}", "greedy") if name in result]
+        self.console.log("  held-out  " + "  ".join(f"{name} {result[name]:.3f}" for name in shown))
+
+    def close(self) -> None:
+        self.reward.close()
+        self.engine.close()
+
+
+def shuffle_rewards(groups: Sequence[Group], *, seed: int) -> None:
+    """Deal the rewards out at random: the negative control, which must not learn."""
+    samples = [s for g in groups for s in g.samples]
+    rewards = [s.reward for s in samples]
+    random.Random(seed).shuffle(rewards)
+    for sample, reward in zip(samples, rewards, strict=True):
+        sample.reward = reward
+
+
+def rollout_sums(groups: Sequence[Group], replicas: int) -> Sums:
+    """What the responses say by themselves; `response_tokens` is the total over all replicas."""
+    sums = Sums()
+    samples = [s for g in groups for s in g.samples]
+    scored = [s.reward for s in samples if s.reward is not None]
+    sums.add("reward", sum(scored), len(scored))
+    sums.add("reward_failed", len(samples) - len(scored), len(samples))
+    sums.add("response_length", sum(len(s.token_ids) for s in samples), len(samples))
+    sums.add("response_tokens", sum(len(s.token_ids) for s in samples), 1 / replicas)
+    sums.add("truncated", sum(s.finish_reason == "length" for s in samples), len(samples))
+    for group in groups:
+        distinct = {s.reward for s in group.samples if s.reward is not None}
+        sums.add("zero_variance_groups", len(distinct) <= 1)
+    return sums
+
+
+@record
+def main(argv: Sequence[str] | None = None) -> None:
+    config = parse(sys.argv[1:] if argv is None else argv, Config)
+    set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
+    with platform.distributed(config.parallel, seed=config.run.seed) as groups:
+        run(config, groups)
+
+
+if __name__ == "__main__":
+    main()

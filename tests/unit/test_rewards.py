@@ -1,0 +1,247 @@
+"""Rewards: right, wrong and failed; the worker pool's time limit; canonical answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_dgpo.rewards import Outcome, Reward, build_reward, canonical_answer, register, reward_names
+from megatron_dgpo.rewards.answers import canonical, explicit_answer, gold_answer
+from megatron_dgpo.rewards.pool import ProcessPool
+from megatron_dgpo.types import FinishReason, Prompt, Sample
+
+GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.jsonl"
+
+
+def sample(text: str, gold: str, finish_reason: FinishReason = "stop") -> Sample:
+    prompt = Prompt(id="p:1", token_ids=(1,), text="", answer=gold)
+    return Sample(prompt, 0, [1], [0.0], finish_reason, 0, text=text)
+
+
+def score(name: str, *samples: Sample) -> list[float | None]:
+    build_reward(name).score(samples)
+    return [sample.reward for sample in samples]
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(ValueError, match=r"unknown reward 'mathverify', expected one of \['exact_match',"):
+        build_reward("mathverify")
+    with pytest.raises(ValueError, match=r"does not take the options \['colour'\]"):
+        build_reward("hash_answer", colour="red")
+    with pytest.raises(ValueError, match="timeout_seconds is 0"):
+        build_reward("hash_answer", timeout_seconds=0)
+    assert {"exact_match", "hash_answer", "math_verify"} <= set(reward_names())
+
+
+def test_hash_answer_takes_the_whole_last_answer():
+    cases = [
+        ("now e=f*6=9*6=4;#2", 1.0),
+        ("#1 no, #2", 1.0),
+        ("#2;", 0.0),
+        ("#2 ", 0.0),
+        ("#12", 0.0),
+        ("#2#3", 0.0),
+        ("2", 0.0),
+        ("#", 0.0),
+        ("", 0.0),
+    ]
+    samples = [sample(text, "2") for text, _ in cases]
+    assert score("hash_answer", *samples) == [expected for _, expected in cases]
+    assert samples[1].reward_parts == {"answered": 1.0} and samples[6].reward_parts == {"answered": 0.0}
+    cut, aborted = sample("#2", "2", "length"), sample("#2", "2", "abort")
+    assert score("hash_answer", cut, aborted) == [0.0, None]
+    assert aborted.reward_error == "generation was aborted" and cut.reward_error is None
+
+
+def test_exact_match():
+    assert score("exact_match", sample(" yes\n", "yes"), sample("Yes", "yes"), sample("", "yes")) == [1, 0, 0]
+
+
+MATH_CASES = [
+    ("so \\boxed{18}", "16 - 3\n#### 18", 1.0),
+    ("It is 18.", "#### 18", 1.0),
+    ("#### 18 dollars", "#### 18", 1.0),
+    ("#### $1,234.00", "1234", 1.0),
+    ("Answer: $\\frac12$", "0.5", 1.0),
+    ("**Answer:** 204", "204", 1.0),
+    ("\\boxed{x^2+1}", "1+x^2", 1.0),
+    ("\\boxed{\\frac{\\sqrt{8}}{2}}", "\\sqrt{2}", 1.0),
+    ("\\boxed{x^2+1}", "1+x^3", 0.0),
+    ("first \\boxed{3}, then \\boxed{4}", "3", 0.0),
+    ("\\boxed{(2,1)}", "(1,2)", 0.0),
+    ("#### ", "3", 0.0),
+    ("", "3", 0.0),
+]
+
+
+def test_math_verify_judges_equality():
+    samples = [sample(text, gold) for text, gold, _ in MATH_CASES]
+    assert score("math_verify", *samples) == [expected for *_, expected in MATH_CASES]
+    assert samples[-1].reward_parts == {"answered": 0.0} and samples[0].reward_parts == {"answered": 1.0}
+
+
+def test_math_verify_takes_no_number_from_a_response_that_was_cut():
+    cut = [sample(text, "3", "length") for text in ("so x is 3", "so \\boxed{3", "so \\boxed{3} and")]
+    assert score("math_verify", *cut) == [0.0, 0.0, 1.0]
+
+
+def test_an_unreadable_gold_answer_is_a_failure_not_a_wrong_answer():
+    bad = sample("\\boxed{3}", "???")
+    assert score("math_verify", bad) == [None]
+    assert bad.reward_error == "UnreadableGold: gold answer '???' is not a number or expression"
+    bad.prompt = sample("", "3").prompt  # scoring again starts afresh
+    assert score("math_verify", bad) == [1.0] and bad.reward_error is None
+
+
+def test_math_verify_works_outside_the_main_thread():
+    right = sample("\\boxed{\\frac{2}{4}}", "0.5")
+    thread = threading.Thread(target=score, args=("math_verify", right))
+    thread.start()
+    thread.join(timeout=60)
+    assert right.reward == 1.0
+
+
+def test_the_pool_judges_as_the_calling_process_does_and_kills_what_hangs():
+    samples = [sample(text, gold) for text, gold, _ in MATH_CASES]
+    hanging = sample("\\boxed{9^{9^{9^9}}}", "3")
+    with build_reward("math_verify", timeout_seconds=3.0, num_workers=2) as reward:
+        reward.score([hanging, *samples])
+        assert [one.reward for one in samples] == [expected for *_, expected in MATH_CASES]
+        assert hanging.reward is None and "timed out after 3 s" in str(hanging.reward_error)
+        again = sample("\\boxed{7}", "7")
+        reward.score([again] * 3)
+        assert again.reward == 1.0
+
+
+# Functions for the pool's workers, which import this file by name.
+def double(number: int) -> dict[str, int]:
+    print("a library prints to standard output")
+    if number == 1:
+        time.sleep(1000)
+    if number == 2:
+        raise KeyError("two")
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"double": 2 * number, "pid": os.getpid()}
+
+
+@pytest.fixture
+def pool(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    made = ProcessPool("test_rewards:double", 2, 1.5)
+    yield made
+    made.close()
+
+
+def test_pool_keeps_the_order_and_names_each_failure(pool):
+    results = pool.map([{"number": number} for number in range(12)])
+    assert [r["double"] for r in results if isinstance(r, dict)] == [0] + [2 * n for n in range(4, 12)]
+    assert results[1] == "timed out after 1.5 s"
+    assert results[2] == "KeyError: 'two'"
+    assert results[3] == "the worker process died with exit status -9"
+    assert pool.map([]) == []
+
+
+def test_pool_replaces_a_worker_that_died_between_calls(pool):
+    results = pool.map([{"number": 5}] * 4)
+    for pid in {result["pid"] for result in results}:
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.2)
+    assert [result["double"] for result in pool.map([{"number": 6}] * 4)] == [12] * 4
+
+
+def test_pool_says_when_workers_cannot_start():
+    with pytest.raises(RuntimeError, match="nowhere:nothing did not start"):
+        ProcessPool("nowhere:nothing", 1, 1.0).map([{}])
+
+
+def test_a_worker_ends_with_the_trainer():
+    """Even in the middle of a call that never ends."""
+    command = [sys.executable, "-m", "megatron_dgpo.rewards.worker", "test_rewards:double"]
+    paths = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+    worker = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert worker.stdin is not None and worker.stdout is not None
+    assert json.loads(worker.stdout.readline()) == {"ready": True}
+    worker.stdin.write(json.dumps({"number": 1}) + "\n")
+    worker.stdin.close()
+    try:
+        assert worker.wait(timeout=20) == 0
+    finally:
+        worker.kill()
+        worker.stdout.close()
+
+
+def test_registering_a_reward():
+    @register("test_length")
+    class Length(Reward):
+        def outcomes(self, samples):
+            return [Outcome(float(len(sample.text))) for sample in samples]
+
+        def canonical_answer(self, text):
+            return text
+
+    assert score("test_length", sample("abc", "x")) == [3.0]
+    with pytest.raises(ValueError, match="registered already"):
+        register("test_length")(type("Other", (Length,), {}))
+    with pytest.raises(ValueError, match="a value or an error"):
+        Outcome()
+
+
+def test_explicit_answers():
+    assert explicit_answer("a \\boxed{\\frac{1}{2}} b") == "\\frac{1}{2}"
+    assert explicit_answer("\\boxed{1} Answer: 2\n#### 3 \nmore") == "3"
+    assert explicit_answer("Answer: $\\boxed{5}$") == "5"
+    assert explicit_answer("Answer: \nnothing") is None
+    assert explicit_answer("7") is None
+    assert gold_answer("x = 3 so\n#### 1,000") == "1,000" and gold_answer(" 5 ") == "5"
+
+
+@pytest.mark.parametrize(
+    ("forms", "expected"),
+    [
+        (["0.50", "1/2", "\\frac12", "\\dfrac{1}{2}", "$\\frac{2}{4}$", "50%", "50\\%", ".5"], "1/2"),
+        (["1,234", "1234.0", "$1,234", "\\$1234", "1234 dollars", "1234."], "1234"),
+        (["-3", "- 3", "\\frac{-6}{2}", "-\\frac{6}{2}"], "-3"),
+        (["x^2 + 1", "\\(x^2+1\\)", "$x^2\\!+1$."], "x^2+1"),
+        (["\\left(1, 2\\right)", "(1,2)", "$(1,\\,2)$"], "(1,2)"),
+        (["\\text{(B)}", "(B)"], "(B)"),
+        (["2 pi"], "2pi"),
+        (["1/0"], "1/0"),
+    ],
+)
+def test_equal_answers_are_written_alike(forms, expected):
+    assert [canonical(form) for form in forms] == [expected] * len(forms)
+
+
+def test_canonical_answers_of_responses():
+    assert canonical_answer("math_verify", "thus \\boxed{\\frac{4}{8}}") == "1/2"
+    assert canonical_answer("math_verify", "so 3 + 4 gives 7.") == "7"
+    assert canonical_answer("math_verify", "no idea") is None
+    assert canonical_answer("hash_answer", "so;#2") == "2"
+    assert canonical_answer("hash_answer", "so") is None and canonical_answer("hash_answer", "#") is None
+    assert canonical_answer("exact_match", " yes ") == "yes" and canonical_answer("exact_match", " ") is None
+    assert canonical("9" * 100_000) == "9" * 100_000  # compared as it stands, in no time
+
+
+@pytest.mark.skipif(not GSM8K.is_file(), reason="no ../shared/data/gsm8k_test.jsonl")
+def test_every_gsm8k_gold_answer_is_readable_and_right():
+    solutions = [json.loads(line)["answer"] for line in GSM8K.open()]
+    right = [sample(solution, solution) for solution in solutions]
+    off_by_one = [sample(f"#### {int(canonical(gold_answer(s))) + 1}", s) for s in solutions]
+    build_reward("math_verify").score(right + off_by_one)
+    assert [one.reward for one in right] == [1.0] * 1319
+    assert [one.reward for one in off_by_one] == [0.0] * 1319
