@@ -4,6 +4,8 @@ from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
 setup(
-    ext_modules=[Pybind11Extension("megatron_dgpo.data._packing", ["megatron_dgpo/data/_packing.cpp"], cxx_std=17)],
+    ext_modules=[
+        Pybind11Extension("megatron_dgpo.data._packing", ["megatron_dgpo/data/_packing.cpp"], cxx_std=17)
+    ],
     cmdclass={"build_ext": build_ext},
 )

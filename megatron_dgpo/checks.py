@@ -49,7 +49,8 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
     t, updates = config.train, config.train.steps
     if isinstance(config, SFTConfig):
         if config.train.batch_size % dp:
-            yield f"train.batch_size: {config.train.batch_size} does not divide by {dp} data-parallel replicas"
+            size = config.train.batch_size
+            yield f"train.batch_size: {size} does not divide by {dp} data-parallel replicas"
     else:
         t = config.train
         if t.prompts_per_step % t.prompts_per_minibatch:

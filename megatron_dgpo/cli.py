@@ -23,7 +23,8 @@ from pydantic import BaseModel, ValidationError
 from megatron_dgpo.checks import check_all
 from megatron_dgpo.config import Config, SFTConfig
 
-C = TypeVar("C", bound=Config | SFTConfig)
+C = TypeVar("C", Config, SFTConfig)
+SHORT_NAMES = {"resume": "run.resume"}
 ExtraCheck = Callable[[Any], Iterable[str]]
 """A check that only the caller can make (it needs Megatron, say): problems as "key: message"."""
 
@@ -51,13 +52,14 @@ def load(
         ConfigError: with all problems that were found.
     """
     if "--help" in argv or "-h" in argv:
-        print(help_text(schema))
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text(schema))
         raise SystemExit(0)
     dry_run = "--dry-run" in argv
     raw, problems = compose([a for a in argv if a != "--dry-run"])
     if problems:
         raise ConfigError(problems)
-    config = validate(raw, schema)
+    config: C = validate(raw, schema)
     if world_size is None and "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
     problems = [*check_all(config, world_size), *(p for check in extra_checks for p in check(config))]
@@ -100,10 +102,10 @@ def compose(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     while words:
         word = words.pop(0)
         if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            if not equals:
-                value = words.pop(0) if words and not words[0].startswith("--") else None
-            overrides.append((key, value))
+            key, equals, inline = word[2:].partition("=")
+            follows = bool(words) and not words[0].startswith("--")
+            value = inline if equals else words.pop(0) if follows else None
+            overrides.append((SHORT_NAMES.get(key, key), value))
         else:
             _merge(raw, _read_toml(word, problems))
     for key, value in overrides:
@@ -244,9 +246,10 @@ def help_text(schema: type[BaseModel]) -> str:
     module = "train" if schema is Config else "sft"
     lines = [
         f"usage: torchrun --nproc-per-node N -m megatron_dgpo.{module} CONFIG.toml [MORE.toml ...]",
-        "                [--section.key VALUE ...] [--dry-run] [--help]",
+        "                [--section.key VALUE ...] [--resume] [--dry-run] [--help]",
         "",
         "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
+        "--resume goes on from the last checkpoint in run.folder (short for --run.resume).",
         "--dry-run makes every check, prints the resolved config and stops.",
     ]
     section = ""

@@ -21,7 +21,12 @@ Probability = Annotated[float, Field(gt=0, le=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), strict=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
     )
 
 
@@ -142,6 +147,7 @@ class ClippedConfig(Section):
 
 class DGPOConfig(ClippedConfig):
     name: Literal["dgpo"] = "dgpo"
+    """dgpo spreads each response's advantage over its tokens; grpo gives every token the same."""
     tau: Positive = 1.0
     """Temperature of the softmax that spreads credit (Eq. 6); small concentrates it."""
     kappa: NonNegative = 1.0
@@ -156,6 +162,7 @@ class DGPOConfig(ClippedConfig):
 
 class GRPOConfig(ClippedConfig):
     name: Literal["grpo"] = "grpo"
+    """grpo gives every token of a response the same advantage."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of KL(policy || reference)."""
 
@@ -270,6 +277,16 @@ class Config(Section):
     observe: ObserveConfig = ObserveConfig()
 
 
+class SFTCheckpointConfig(CheckpointConfig):
+    every: Count = 0
+    """Steps between checkpoints; 0 writes one at the end only."""
+
+
+class SFTRewardConfig(RewardConfig):
+    name: str = "exact_match"
+    """A registered reward: hash_answer, math_verify, exact_match."""
+
+
 class SFTConfig(Section):
     """A supervised run; rollout and reward serve its evaluation."""
 
@@ -281,8 +298,8 @@ class SFTConfig(Section):
     optimizer: OptimizerConfig
     ddp: dict[str, Any] = {}
     """Fields of Megatron's DistributedDataParallelConfig by name."""
-    checkpoint: CheckpointConfig = CheckpointConfig(every=0)
+    checkpoint: SFTCheckpointConfig = SFTCheckpointConfig()
     rollout: RolloutConfig = RolloutConfig()
-    reward: RewardConfig = RewardConfig(name="exact_match")
+    reward: SFTRewardConfig = SFTRewardConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observe: ObserveConfig = ObserveConfig()

@@ -163,6 +163,7 @@ def supervised_loss(policy: Policy) -> Callable[[Tensor, Tensor, PackedBatch], t
 
     def loss(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
         stats = policy_stats(policy, hidden, weight, batch)
+        assert batch.coefficients_T is not None, "fixed when the batch was made"
         value = -(batch.coefficients_T * stats.log_probs).sum()
         return value, value.detach()
 

@@ -175,11 +175,13 @@ def any_rank(flag: bool, groups: Groups) -> bool:
 def _groups(device_: torch.device) -> Groups:
     from megatron.core import parallel_state as ps
 
+    world = dist.group.WORLD
+    assert world is not None, "start() initialises it first"
     return Groups(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         device=device_,
-        world=dist.group.WORLD,
+        world=world,
         tp=ps.get_tensor_model_parallel_group(),
         pp=ps.get_pipeline_model_parallel_group(),
         cp=ps.get_context_parallel_group(),
@@ -208,7 +210,9 @@ def start(parallel: Any, seed: int) -> Groups:
         torch.set_num_threads(1)
     timeout = timedelta(seconds=parallel.timeout_seconds)
     backend = "nccl" if has_gpu() else "gloo"
-    if "RANK" in os.environ:
+    if dist.is_initialized():
+        log.info("using the process group that is there")
+    elif "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

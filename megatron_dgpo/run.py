@@ -243,7 +243,12 @@ def finish(
     if config.checkpoint.export_hf:
         convert.save_hf(policy.model, policy.groups, config.model.path, folder.hf)
     rows = []
-    names = [f"avg@{config.evaluation.k}", f"pass@{config.evaluation.k}", f"cons@{config.evaluation.k}", "greedy"]
+    names = [
+        f"avg@{config.evaluation.k}",
+        f"pass@{config.evaluation.k}",
+        f"cons@{config.evaluation.k}",
+        "greedy",
+    ]
     for step, result in sorted(state.evaluations.items(), key=lambda item: int(item[0])):
         rows.append(
             {"step": int(step)}
@@ -285,7 +290,7 @@ def _used_folder(config: AnyConfig) -> Iterator[str]:
     folder = config.run.folder
     if (folder / "metrics.jsonl").exists() and not config.run.resume:
         yield (
-            f"run.folder: {folder} already holds a run (add --run.resume to go on with it, "
+            f"run.folder: {folder} already holds a run (add --resume to go on with it, "
             "or choose another folder)"
         )
 

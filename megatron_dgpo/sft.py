@@ -77,7 +77,9 @@ def run(config: SFTConfig, groups: platform.Groups) -> None:
                 folder.write_metrics(state.step, metrics, "train")
                 if last or time.perf_counter() - reported > _REPORT_EVERY_SECONDS:
                     reported = time.perf_counter()
-                    console.log(f"step {state.step:5d}/{c.steps}  loss {loss:.4f}  grad {result.grad_norm:.3f}")
+                    console.log(
+                        f"step {state.step:5d}/{c.steps}  loss {loss:.4f}  grad {result.grad_norm:.3f}"
+                    )
             stopping = stop.on_any_rank(groups)
             every = config.checkpoint.every
             if stopping or last or (every and state.step % every == 0):
@@ -85,7 +87,7 @@ def run(config: SFTConfig, groups: platform.Groups) -> None:
                     evaluate_once(config, groups, policy, tokenizer, folder, state, console)
                 folder.checkpoints.save(policy, state.to_json(groups, config.evaluation.k))
             if stopping and not last:
-                console.log(f"asked to stop: saved after step {state.step}; go on with --run.resume")
+                console.log(f"asked to stop: saved after step {state.step}; go on with --resume")
                 return
     finish(config, policy, folder, state, console, time.perf_counter() - started)
 
@@ -100,7 +102,11 @@ def batch_of_step(
     num_tokens = sum(len(e.response_ids) for e in examples)
     for batch in batches:
         batch.coefficients_T = token_coefficients(
-            batch.cu_seqlens, batch.loss_mask_T, "token_mean", num_sequences=len(examples), num_tokens=num_tokens
+            batch.cu_seqlens,
+            batch.loss_mask_T,
+            "token_mean",
+            num_sequences=len(examples),
+            num_tokens=num_tokens,
         )
     return batches
 
@@ -109,7 +115,9 @@ def global_sum(value: float, groups: platform.Groups) -> float:
     """Sum over replicas of a number that is right on the ranks that speak for tokens."""
     import torch
 
-    total = torch.tensor([value if groups.speaks_for_tokens else 0.0], dtype=torch.float64, device=groups.device)
+    total = torch.tensor(
+        [value if groups.speaks_for_tokens else 0.0], dtype=torch.float64, device=groups.device
+    )
     dist.all_reduce(total, group=groups.world)
     return float(total)
 

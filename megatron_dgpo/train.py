@@ -73,7 +73,7 @@ def run(config: Config, groups: platform.Groups) -> None:
         if stopping or state.step == config.train.steps or (every and state.step % every == 0):
             folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k))
         if stopping and state.step < config.train.steps:
-            console.log(f"asked to stop: saved after step {state.step}; go on with --run.resume")
+            console.log(f"asked to stop: saved after step {state.step}; go on with --resume")
             break
     else:
         finish(config, trainer.policy, folder, state, console, time.perf_counter() - started)

@@ -51,9 +51,7 @@ def _read_jsonl(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any
                     f"{where(path, number)}: not valid JSON ({error.msg}, column {error.colno})"
                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where(path, number)}: expected a JSON object, got {type(row).__name__}"
-                )
+                raise ValueError(f"{where(path, number)}: expected a JSON object, got {type(row).__name__}")
             yield number, row
 
 

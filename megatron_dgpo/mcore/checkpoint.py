@@ -20,6 +20,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.policy import Policy, inner_optimizers
 
 log = logging.getLogger(__name__)
@@ -179,12 +180,10 @@ def restore(policy: Policy, checkpoint: Checkpoint) -> None:
         _restore_rng(loaded["rng"])
 
 
-def load_weights(model: torch.nn.Module, path: Path) -> None:
+def load_weights(model: PolicyModel, path: Path) -> None:
     """Weights alone from a training checkpoint, at any split."""
     with platform.megatron_calls():
-        loaded = dist_checkpointing.load(
-            {"model": model.sharded_state_dict(metadata=_METADATA)}, str(path)
-        )
+        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_METADATA)}, str(path))
     model.load_state_dict(loaded["model"])
 
 
@@ -194,7 +193,9 @@ def _accept_missing_step(policy: Policy) -> None:
     for optimizer in inner_optimizers(policy.optimizer):
         original = optimizer._set_main_param_and_optimizer_states
 
-        def with_step(model_param: Any, tensors: dict, optimizer: Any = optimizer, original: Any = original) -> None:
+        def with_step(
+            model_param: Any, tensors: dict, optimizer: Any = optimizer, original: Any = original
+        ) -> None:
             group, order = optimizer.model_param_group_index_map[model_param]
             main = optimizer.optimizer.param_groups[group]["params"][order]
             step = optimizer.optimizer.state[main].get("step")

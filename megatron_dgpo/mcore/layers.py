@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -124,9 +124,7 @@ class PackedSelfAttention(SelfAttention):
         if packed_seq_params is None or rotary_pos_emb is None:
             raise ValueError("the torch layer spec takes packed sequences with rotary embeddings only")
         q, k, v = (t.squeeze(1) for t in self.get_query_key_value_tensors(hidden_states, None))
-        out = self.core_attention(
-            rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb), v, packed_seq_params
-        )
+        out = self.core_attention(rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb), v, packed_seq_params)
         return self.linear_proj(out.unsqueeze(1))
 
 
@@ -161,7 +159,9 @@ def torch_layer_spec() -> TransformerBlockSubmodules | ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, choice: str) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
+def block_spec(
+    config: TransformerConfig, choice: str
+) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
     """The layer spec and whether it is the torch-native one.
 
     `choice` is "torch", "transformer_engine" (raises ImportError where it is missing) or "auto"

@@ -86,9 +86,7 @@ def reward_names() -> list[str]:
     return sorted(_registry)
 
 
-def build_reward(
-    name: str, *, timeout_seconds: float = 10.0, num_workers: int = 0, **options: Any
-) -> Reward:
+def build_reward(name: str, *, timeout_seconds: float = 10.0, num_workers: int = 0, **options: Any) -> Reward:
     """The reward called `name`.
 
     A response that takes longer than `timeout_seconds` in one of the `num_workers` processes counts as

@@ -100,7 +100,11 @@ def save_hf(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for extra in source.iterdir():
-        if extra.is_file() and extra.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in extra.name:
+        if (
+            extra.is_file()
+            and extra.suffix in (".json", ".jinja", ".txt", ".model")
+            and "safetensors" not in extra.name
+        ):
             shutil.copy(extra, partial / extra.name)
     _write_safetensors(stream, partial, shard_bytes)
     shutil.rmtree(target, ignore_errors=True)

@@ -118,7 +118,9 @@ class NameTable:
         if missing := sorted(wanted - given):
             raise KeyError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
         if extra := sorted(given - wanted):
-            raise KeyError(f"{len(extra)} tensors of the checkpoint have no Megatron name, first {extra[0]!r}")
+            raise KeyError(
+                f"{len(extra)} tensors of the checkpoint have no Megatron name, first {extra[0]!r}"
+            )
 
 
 def global_name(local_name: str, first_layer: int) -> str:

@@ -31,16 +31,12 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder with weights and tokenizer")
     parser.add_argument("--data", required=True, help=".jsonl file with prompt and answer")
-    parser.add_argument("--steps", type=int, required=True, help="RL steps, warm-up included")
-    parser.add_argument("--prompts", type=int, required=True, help="prompts of an RL step")
-    parser.add_argument("--samples", type=int, required=True, help="responses to each prompt")
-    parser.add_argument("--minibatches", type=int, required=True, help="updates of an RL step")
-    parser.add_argument("--accumulate", type=int, default=1, help="backward passes of an update")
-    parser.add_argument("--max-new-tokens", type=int, required=True)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--lr", type=float, required=True)
-    parser.add_argument("--beta", type=float, default=0.0, help="coefficient of the KL penalty")
-    parser.add_argument("--seed", type=int, default=0)
+    # Of an RL step: prompts, samples of each prompt, updates, and backward passes of an update.
+    for name in ("steps", "prompts", "samples", "minibatches", "accumulate", "max-new-tokens", "seed"):
+        parser.add_argument(f"--{name}", type=int, required=True)
+    # beta: coefficient of the KL penalty.
+    for name in ("temperature", "beta", "lr", "adam-beta2", "weight-decay", "clip-grad"):
+        parser.add_argument(f"--{name}", type=float, required=True)
     return parser.parse_args()
 
 
@@ -58,7 +54,9 @@ class StepMeter(TrainerCallback):
     ) -> list[float]:
         """1 where the text after the last # is the answer; TRL hands over ids without padding."""
         self._tokens += sum(len(ids) for ids in completion_ids)
-        return [float(text.rpartition("#")[2] == gold) for text, gold in zip(completions, answer, strict=True)]
+        return [
+            float(text.rpartition("#")[2] == gold) for text, gold in zip(completions, answer, strict=True)
+        ]
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self._start = time.perf_counter()
@@ -87,14 +85,10 @@ class StepMeter(TrainerCallback):
 def main() -> None:
     arguments = parse_arguments()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch, rest = divmod(
-        arguments.prompts * arguments.samples, arguments.minibatches * arguments.accumulate * world
-    )
-    if rest:
-        raise ValueError(
-            f"{arguments.prompts} prompts x {arguments.samples} samples do not divide into {arguments.minibatches} "
-            f"mini-batches x {arguments.accumulate} backward passes x {world} processes"
-        )
+    samples = arguments.prompts * arguments.samples
+    parts = arguments.minibatches * arguments.accumulate * world
+    if samples % parts:
+        raise ValueError(f"{samples} samples do not divide into {parts} backward passes over all processes")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
 
@@ -109,7 +103,7 @@ def main() -> None:
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            per_device_train_batch_size=batch,
+            per_device_train_batch_size=samples // parts,
             gradient_accumulation_steps=arguments.accumulate,
             steps_per_generation=arguments.minibatches * arguments.accumulate,
             num_generations=arguments.samples,
@@ -122,7 +116,9 @@ def main() -> None:
             loss_type="grpo",
             learning_rate=arguments.lr,
             lr_scheduler_type="constant",
-            adam_beta2=0.99,
+            adam_beta2=arguments.adam_beta2,
+            weight_decay=arguments.weight_decay,
+            max_grad_norm=arguments.clip_grad,
             shuffle_dataset=False,
             dataloader_num_workers=0,
             dataloader_pin_memory=False,
@@ -134,7 +130,12 @@ def main() -> None:
         )
         meter = StepMeter(arguments.minibatches, config.device)
         trainer = GRPOTrainer(
-            model, meter.reward, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[meter]
+            model,
+            meter.reward,
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[meter],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Two real DGPO steps on GSM8K problems with a tiny random model.
+#
+#   GSM8K=path/to/gsm8k.jsonl   lines of {"question": ..., "answer": "... #### N"}
+#
+# More words go to the run, such as: examples/gsm8k_smoke/run.sh --train.steps 4
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+out=runs/gsm8k_smoke
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+python examples/gsm8k_smoke/prepare.py --out "$out/data"
+rm -rf "$out/run"
+torchrun --standalone --nproc-per-node 2 -m megatron_dgpo.train examples/gsm8k_smoke/dgpo.toml "$@"

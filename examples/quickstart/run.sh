@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The whole road on a machine without a GPU: data, supervised cold start, DGPO, evaluation, export.
+#
+#   QUICKSTART_SEED    seed of data, start weights and sampling (1)
+#   QUICKSTART_NPROC   processes (2): tensor_model_parallel_size = 2, so a multiple of it
+#   QUICKSTART_SHORT   1: a few steps of everything, to see that it works
+#   QUICKSTART_OUT     folder (runs/quickstart/seed<seed>)
+#   QUICKSTART_RUN     name of the RL run in it (dgpo)
+#
+# More words go to the DGPO run, such as: examples/quickstart/run.sh --algorithm.tau 0.5
+# Started again, it goes on where it was ended.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+seed="${QUICKSTART_SEED:-1}"
+nproc="${QUICKSTART_NPROC:-2}"
+short="${QUICKSTART_SHORT:-}"
+out="${QUICKSTART_OUT:-runs/quickstart/seed$seed${short:+-short}}"
+run="${QUICKSTART_RUN:-dgpo}"
+here=examples/quickstart
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+sft_size=() rl_size=() data_size=()
+if [ -n "$short" ]; then
+    data_size=(--traces 2000 --train-prompts 256 --heldout-prompts 32)
+    sft_size=(--train.steps 60)
+    rl_size=(--train.steps 4 --evaluation.every 2 --checkpoint.every 2)
+fi
+launch() { torchrun --standalone --nproc-per-node "$nproc" "$@"; }
+
+started=$SECONDS
+if [ ! -f "$out/data/train.jsonl" ]; then
+    echo "== 1/3 data: chained arithmetic with worked steps, seed $seed"
+    python "$here/make_data.py" --out "$out/data" --seed "$seed" "${data_size[@]}"
+fi
+
+echo "== 2/3 supervised cold start from a noisy teacher"
+launch -m megatron_dgpo.sft "$here/sft.toml" --resume --run.seed "$seed" \
+    --run.folder "$out/coldstart" --model.path "$out/data/model" \
+    --data.train "[\"$out/data/sft.jsonl\"]" "${sft_size[@]}"
+
+echo "== 3/3 DGPO: 32 prompts x 8 samples a step, vocabulary sharded over $nproc processes"
+launch -m megatron_dgpo.train "$here/dgpo.toml" --resume --run.seed "$seed" \
+    --run.folder "$out/$run" --model.path "$out/coldstart/hf" \
+    --data.train "[\"$out/data/train.jsonl\"]" --evaluation.data "[\"$out/data/heldout.jsonl\"]" \
+    "${rl_size[@]}" "$@"
+
+python "$here/summary.py" "$out/$run" --seconds "$((SECONDS - started))"
