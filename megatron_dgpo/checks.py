@@ -130,8 +130,19 @@ def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
     ):
         if count % tp:
             yield f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {count} {what}"
-    if layers % pp:
-        yield f"parallel.pipeline_model_parallel_size: {pp} does not divide the model's {layers} layers"
+    yield from _stages(config.model.transformer, layers, pp)
+
+
+def _stages(transformer: dict[str, Any], layers: int, pp: int) -> Iterator[str]:
+    """Layers over pipeline stages; Megatron's two settings for uneven ones are taken off first."""
+    uneven = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
+    given = [transformer[name] for name in uneven if transformer.get(name) is not None]
+    left, stages = layers - sum(given), pp - len(given)
+    if left % stages if stages > 0 else left != 0 or stages < 0:
+        yield (
+            f"parallel.pipeline_model_parallel_size: {left} of the model's {layers} layers do not divide into "
+            f"{stages} stages (for uneven ones see model.transformer.{uneven[0]} and {uneven[1]})"
+        )
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
