@@ -5,8 +5,10 @@ Each check yields problems as "key: what is wrong and what would be right"; none
 
 from __future__ import annotations
 
+import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,7 @@ def _files(config: AnyConfig) -> Iterator[str]:
 
 def _model(config: AnyConfig) -> Iterator[str]:
     folder = config.model.path
-    hf = _read_json(folder / "config.json")
+    hf = read_json(folder / "config.json")
     if isinstance(hf, str):
         yield f"model.path: {hf}"
         return
@@ -137,16 +139,19 @@ def _stages(transformer: dict[str, Any], layers: int, pp: int) -> Iterator[str]:
     """Layers over pipeline stages; Megatron's two settings for uneven ones are taken off first."""
     uneven = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
     given = [transformer[name] for name in uneven if transformer.get(name) is not None]
+    if wrong := [n for n in given if type(n) is not int or n < 1]:
+        yield f"model.transformer.num_layers_in_*_pipeline_stage: {wrong[0]!r} is not a number of layers"
+        return
     left, stages = layers - sum(given), pp - len(given)
     if left % stages if stages > 0 else left != 0 or stages < 0:
         yield (
-            f"parallel.pipeline_model_parallel_size: {left} of the model's {layers} layers do not divide into "
-            f"{stages} stages (for uneven ones see model.transformer.{uneven[0]} and {uneven[1]})"
+            f"parallel.pipeline_model_parallel_size: {left} of the model's {layers} layers do not divide "
+            f"into {stages} stages (for uneven ones see model.transformer.{uneven[0]} and {uneven[1]})"
         )
 
 
 def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
-    tokenizer = _read_json(folder / "tokenizer.json")
+    tokenizer = read_json(folder / "tokenizer.json")
     if isinstance(tokenizer, str):
         yield f"model.path: {tokenizer}"
         return
@@ -165,7 +170,7 @@ def _token_ids(tokenizer: dict[str, Any]) -> Iterator[int]:
     yield from (token["id"] for token in tokenizer.get("added_tokens", []))
 
 
-def _read_json(path: Path) -> dict[str, Any] | str:
+def read_json(path: Path) -> dict[str, Any] | str:
     """The parsed object, or what is wrong with the file."""
     if not path.is_file():
         return f"{path} is not there"
@@ -176,9 +181,22 @@ def _read_json(path: Path) -> dict[str, Any] | str:
     return value if isinstance(value, dict) else f"{path} does not hold a JSON object"
 
 
-def check_passthrough(section: str, given: Iterable[str], known: Iterable[str]) -> Iterator[str]:
-    """Problems for names that Megatron's dataclass does not have."""
-    names = set(known)
-    for key in given:
+_PLAIN = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "an integer"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "text"),
+}
+
+
+def check_passthrough(section: str, given: Mapping[str, Any], fields: Iterable[Field]) -> Iterator[str]:
+    """Problems for names that Megatron's dataclass does not have, and for plain fields' types."""
+    names = {f.name: f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "") for f in fields}
+    for key, value in given.items():
+        accepted, expected = _PLAIN.get(names.get(key, ""), ((), ""))
+        if accepted and type(value) not in accepted:
+            yield f"{section}.{key}: {value!r} is not {expected}"
         if key not in names:
-            yield f"{section}.{key}: Megatron has no such field"
+            near = difflib.get_close_matches(key, names, n=1)
+            hint = f" (did you mean {section}.{near[0]}?)" if near else ""
+            yield f"{section}.{key}: Megatron has no such field{hint}"

@@ -10,13 +10,14 @@ import difflib
 import json
 import os
 import sys
+import time
 import tomllib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -27,6 +28,8 @@ C = TypeVar("C", Config, SFTConfig)
 SHORT_NAMES = {"resume": "run.resume"}
 ExtraCheck = Callable[[Any], Iterable[str]]
 """A check that only the caller can make (it needs Megatron, say): problems as "key: message"."""
+_PATIENCE_SECONDS = 20.0
+"""How long a rank with a problem leaves the word to rank 0, under torchrun."""
 
 
 class ConfigError(ValueError):
@@ -56,13 +59,16 @@ def load(
             print(help_text(schema))
         raise SystemExit(0)
     dry_run = "--dry-run" in argv
-    raw, problems = compose([a for a in argv if a != "--dry-run"])
+    raw, problems = compose([a for a in argv if a != "--dry-run"], schema)
     if problems:
         raise ConfigError(problems)
     config: C = validate(raw, schema)
     if world_size is None and "WORLD_SIZE" in os.environ:
         world_size = int(os.environ["WORLD_SIZE"])
-    problems = [*check_all(config, world_size), *(p for check in extra_checks for p in check(config))]
+    problems = [p for check in extra_checks for p in check(config)]
+    # Where both complain of one key, the caller's check knows more.
+    told = {p.partition(": ")[0] for p in problems}
+    problems += [p for p in check_all(config, world_size) if p.partition(": ")[0] not in told]
     if problems:
         raise ConfigError(problems)
     if dry_run:
@@ -80,21 +86,44 @@ def load_or_exit(argv: Sequence[str], schema: type[C], *, extra_checks: Sequence
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn a ConfigError, or a bad input file's ValueError, into lines on stderr and status 2."""
+    """Turn a ConfigError, or what is wrong with an input file, into lines on stderr and status 2.
+
+    Only for what comes before the process group: ranks do not wait for each other's problems.
+    """
     try:
         yield
-    except (ConfigError, ValueError, FileNotFoundError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            for line in str(error).splitlines():
-                print(f"error: {line}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+    except ConfigError as error:
+        _refuse(error.problems)
+    except (ValueError, OSError) as error:
+        _refuse([" ".join(str(error).split())])
+
+
+def _refuse(problems: Sequence[str]) -> NoReturn:
+    rank = int(os.environ.get("RANK", "0"))
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if rank and under_torchrun:
+        # torchrun ends all ranks once one has failed, rank 0 too if it has not spoken yet. So the others
+        # wait to be ended. A problem that rank 0 does not have (a file that one machine lacks) comes out
+        # after the wait, from the first rank of that machine.
+        time.sleep(_PATIENCE_SECONDS * (1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2))
+    if rank == 0 or under_torchrun:
+        for problem in problems:
+            print(f"error: {f'[rank {rank}] ' if rank else ''}{problem}", file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # torchrun ends its own report, which follows ours on the terminal, with this message.
+        Path(path).write_text(json.dumps({"message": "; ".join(problems), "timestamp": int(time.time())}))
+    raise SystemExit(2) from None
 
 
 # --- files and overrides ----------------------------------------------------------------------------
 
 
-def compose(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """The nested settings of files and overrides, and what is wrong with the words themselves."""
+def compose(argv: Sequence[str], schema: type[BaseModel]) -> tuple[dict[str, Any], list[str]]:
+    """The nested settings of files and overrides, and what is wrong with the words themselves.
+
+    Values are TOML, but a key of the schema that takes text or a path takes `7` or `2026-01-31` as text.
+    """
+    literal = {key for key, kind, *_ in keys(schema) if kind in ("text", "path")}
     raw: dict[str, Any] = {}
     problems: list[str] = []
     words = list(argv)
@@ -104,12 +133,15 @@ def compose(argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         if word.startswith("--"):
             key, equals, inline = word[2:].partition("=")
             follows = bool(words) and not words[0].startswith("--")
+            if key in SHORT_NAMES and follows and words[0].endswith(".toml"):
+                follows = False  # --resume CONFIG.toml
             value = inline if equals else words.pop(0) if follows else None
             overrides.append((SHORT_NAMES.get(key, key), value))
         else:
             _merge(raw, _read_toml(word, problems))
     for key, value in overrides:
-        _set(raw, key, True if value is None else _parse_value(value), problems)
+        parsed = True if value is None else _parse_value(value)
+        _set(raw, key, value if key in literal and not isinstance(parsed, str) else parsed, problems)
     return raw, problems
 
 
@@ -185,8 +217,7 @@ def _line(problem: Any, schema: type[BaseModel]) -> str:
         del parts[1]
     key, kind, given = ".".join(parts), problem["type"], problem["input"]
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(key, [k for k, *_ in keys(schema)], n=1, cutoff=0.7)
-        return f"{key}: unknown key" + (f" (did you mean {near[0]}?)" if near else "")
+        return _unknown(key, schema, given)
     if kind == "missing":
         return f"{key}: missing, and there is no default"
     if kind == "union_tag_invalid":
@@ -195,6 +226,19 @@ def _line(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key}: {given!r} is not {_EXPECTED[kind]}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{key}: {given!r}: {message}"
+
+
+def _unknown(key: str, schema: type[BaseModel], given: Any) -> str:
+    known = [k for k, *_ in keys(schema)]
+    if key in known:
+        return f"{key}: not a setting of this {key.partition('.')[0]}; see its name"
+    if "." not in key and isinstance(given, dict):
+        sections = list(schema.model_fields)
+        near = difflib.get_close_matches(key, sections, n=1) or [f"one of {', '.join(sections)}"]
+        return f"{key}: unknown section (did you mean {near[0]}?)"
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
+    near = near or [k for k in known if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"{key}: unknown key (" + (f"did you mean {near[0]}?" if near else "--help lists all keys") + ")"
 
 
 def _algorithm_names() -> list[str]:
@@ -212,12 +256,14 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
         if not members:
             default = "required" if info.is_required() else _toml_value(info.default)
             yield f"{prefix}{name}", _type_name(info.annotation), default, info.description or ""
-        seen: set[str] = set()
+        rows: dict[str, tuple[str, str, str, str]] = {}
         for member in members:
-            for row in keys(member, f"{prefix}{name}."):
-                if row[0] not in seen:
-                    seen.add(row[0])
-                    yield row
+            for key, kind, default, text in keys(member, f"{prefix}{name}."):
+                if key in rows and kind != rows[key][1]:  # the name that tells the members apart
+                    kind, default, text = f"{rows[key][1]} | {kind}", *rows[key][2:]
+                    rows[key] = key, kind, default, text
+                rows.setdefault(key, (key, kind, default, text))
+        yield from rows.values()
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -284,4 +330,4 @@ def _toml_value(value: Any) -> str:
         return repr(value)
     if isinstance(value, int):
         return str(value)
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -15,21 +15,23 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
-from megatron_dgpo.checks import AnyConfig, check_passthrough
+from megatron_dgpo.checks import AnyConfig, check_passthrough, read_json
 from megatron_dgpo.cli import C, dump_toml, load_or_exit
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+from megatron_dgpo.mcore.layers import have_transformer_engine
 from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.observe.metrics import MetricsWriter
 from megatron_dgpo.observe.run_info import write_versions
-from megatron_dgpo.rewards.base import Reward
+from megatron_dgpo.rewards import Reward, reward_names
 from megatron_dgpo.rollout.collect import collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
@@ -143,6 +145,16 @@ def build_engine(config: AnyConfig, groups: platform.Groups) -> Engine:
         device=groups.device,
         max_batch_size=config.rollout.max_batch_size,
     )
+
+
+def load_tokenizer(config: AnyConfig) -> Any:
+    """The model folder's tokenizer. Raises ValueError where it cannot end a response."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.path: the tokenizer of {config.model.path} has no eos_token, which ends a response"
+        )
+    return tokenizer
 
 
 def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
@@ -274,7 +286,8 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
 
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
-    return load_or_exit(argv, schema, extra_checks=(_megatron_fields, _used_folder, _model_family))
+    checks = (_megatron_fields, _used_folder, _model_family, _layer_spec, _reward_name)
+    return load_or_exit(argv, schema, extra_checks=checks)
 
 
 def _megatron_fields(config: AnyConfig) -> Iterator[str]:
@@ -283,12 +296,14 @@ def _megatron_fields(config: AnyConfig) -> Iterator[str]:
         ("ddp", config.ddp, DistributedDataParallelConfig),
         ("optimizer.megatron", config.optimizer.megatron, OptimizerConfig),
     ):
-        yield from check_passthrough(section, given, [f.name for f in dataclasses.fields(cls)])
+        yield from check_passthrough(section, given, dataclasses.fields(cls))
 
 
 def _used_folder(config: AnyConfig) -> Iterator[str]:
     folder = config.run.folder
-    if (folder / "metrics.jsonl").exists() and not config.run.resume:
+    if files := [path for path in (folder, *folder.parents) if path.is_file()]:
+        yield f"run.folder: {folder} cannot be made, since {files[0]} is a file; choose another folder"
+    elif (folder / "metrics.jsonl").exists() and not config.run.resume:
         yield (
             f"run.folder: {folder} already holds a run (add --resume to go on with it, "
             "or choose another folder)"
@@ -296,8 +311,25 @@ def _used_folder(config: AnyConfig) -> Iterator[str]:
 
 
 def _model_family(config: AnyConfig) -> Iterator[str]:
-    if (config.model.path / "config.json").is_file():
-        try:
-            ModelShape.from_folder(config.model.path)
-        except (ValueError, KeyError) as error:
-            yield f"model.path: {config.model.path}: {error}"
+    hf = read_json(config.model.path / "config.json")
+    if isinstance(hf, str):
+        return  # megatron_dgpo.checks has said so
+    try:
+        ModelShape.from_hf(hf)
+    except KeyError as error:
+        yield f"model.path: {config.model.path / 'config.json'} has no {error.args[0]}"
+    except (ValueError, TypeError) as error:
+        yield f"model.path: {config.model.path}: {error}"
+
+
+def _layer_spec(config: AnyConfig) -> Iterator[str]:
+    if config.model.layer_spec == "transformer_engine" and not have_transformer_engine():
+        yield (
+            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
+            "'auto' and 'torch' do without"
+        )
+
+
+def _reward_name(config: AnyConfig) -> Iterator[str]:
+    if config.reward.name not in reward_names():
+        yield f"reward.name: {config.reward.name!r} is not one of {', '.join(reward_names())}"

@@ -10,13 +10,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms.surrogate import token_coefficients
+from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import SFTConfig
 from megatron_dgpo.data import PackItem, PromptCursor, load_supervised, pack
 from megatron_dgpo.data.supervised import SupervisedExample
@@ -33,20 +34,28 @@ from megatron_dgpo.run import (
     build_policy,
     finish,
     load_heldout,
+    load_tokenizer,
     parse,
     restore_or_start,
 )
-from megatron_dgpo.types import PackedBatch
+from megatron_dgpo.types import PackedBatch, Prompt
 from megatron_dgpo.weights.sync import WeightSync
 
 _REPORT_EVERY_SECONDS = 10.0
 
 
-def run(config: SFTConfig, groups: platform.Groups) -> None:
-    """The whole run on one rank."""
-    started, stop = time.perf_counter(), StopSignal()
-    console = Console(config.run.quiet, groups.rank)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+@dataclass(frozen=True)
+class Data:
+    """What a run reads before it builds anything."""
+
+    examples: list[SupervisedExample]
+    heldout: list[Prompt]
+    stop_ids: tuple[int, ...]
+
+
+def load_data(config: SFTConfig) -> Data:
+    """Raises ValueError or OSError, naming file and row, for what cannot be read."""
+    tokenizer = load_tokenizer(config)
     examples = load_supervised(
         config.data.train,
         tokenizer,
@@ -56,7 +65,14 @@ def run(config: SFTConfig, groups: platform.Groups) -> None:
         max_tokens=config.data.max_tokens,
         system_prompt=config.data.system_prompt,
     )
-    c = config.train
+    return Data(examples, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
+
+
+def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:
+    """The whole run on one rank."""
+    started, stop = time.perf_counter(), StopSignal()
+    console = Console(config.run.quiet, groups.rank)
+    c, examples = config.train, data.examples
     cursor = PromptCursor(len(examples), c.batch_size, seed=config.run.seed, shuffle=True)
     policy = build_policy(config, groups, total_updates=c.steps, keep_reference=False)
     folder = RunFolder(config, groups)
@@ -84,7 +100,7 @@ def run(config: SFTConfig, groups: platform.Groups) -> None:
             every = config.checkpoint.every
             if stopping or last or (every and state.step % every == 0):
                 if last:
-                    evaluate_once(config, groups, policy, tokenizer, folder, state, console)
+                    evaluate_once(config, groups, policy, data, folder, state, console)
                 folder.checkpoints.save(policy, state.to_json(groups, config.evaluation.k))
             if stopping and not last:
                 console.log(f"asked to stop: saved after step {state.step}; go on with --resume")
@@ -126,21 +142,20 @@ def evaluate_once(
     config: SFTConfig,
     groups: platform.Groups,
     policy: Policy,
-    tokenizer: object,
+    data: Data,
     folder: RunFolder,
     state: RunState,
     console: Console,
 ) -> None:
     """Held-out accuracy of the finished cold start."""
-    prompts = load_heldout(config, tokenizer)
-    if not prompts:
+    if not data.heldout:
         return
     engine = build_engine(config, groups)
     WeightSync(policy.model, groups, engine).push(version=state.step)
     r = config.reward
     with build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers) as reward:
-        stop_ids = (tokenizer.eos_token_id,)  # type: ignore[attr-defined]
-        result = Evaluator(config, groups, engine, reward, prompts, stop_ids)(console, state.step)
+        evaluator = Evaluator(config, groups, engine, reward, data.heldout, data.stop_ids)
+        result = evaluator(console, state.step)
     engine.close()
     state.evaluations[str(state.step)] = result
     folder.write_metrics(state.step, result, "eval")
@@ -150,8 +165,10 @@ def evaluate_once(
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, SFTConfig)
     set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
+    with refusals():
+        data = load_data(config)
     with platform.distributed(config.parallel, seed=config.run.seed) as groups:
-        run(config, groups)
+        run(config, groups, data)
 
 
 if __name__ == "__main__":

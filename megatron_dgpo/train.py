@@ -10,12 +10,13 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import build_algorithm
+from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptCursor, load_prompts
 from megatron_dgpo.learner import Learner, MiniBatch
@@ -35,20 +36,45 @@ from megatron_dgpo.run import (
     build_policy,
     finish,
     load_heldout,
+    load_tokenizer,
     merge_over_ranks,
     parse,
     peak_memory_bytes,
     restore_or_start,
 )
-from megatron_dgpo.types import Group
+from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights.sync import WeightSync
 
 
-def run(config: Config, groups: platform.Groups) -> None:
+@dataclass(frozen=True)
+class Data:
+    """What a run reads before it builds anything."""
+
+    prompts: list[Prompt]
+    heldout: list[Prompt]
+    stop_ids: tuple[int, ...]
+
+
+def load_data(config: Config) -> Data:
+    """Raises ValueError or OSError, naming file and row, for what cannot be read."""
+    tokenizer = load_tokenizer(config)
+    prompts = load_prompts(
+        config.data.train,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        answer_key=config.data.answer_key,
+        apply_chat_template=config.data.apply_chat_template,
+        system_prompt=config.data.system_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+    return Data(prompts, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
+
+
+def run(config: Config, groups: platform.Groups, data: Data) -> None:
     """The whole run on one rank: generate, score, learn, sync; evaluate and save when due."""
     started, stop = time.perf_counter(), StopSignal()
     console = Console(config.run.quiet, groups.rank)
-    trainer = Trainer(config, groups, console)
+    trainer = Trainer(config, groups, console, data)
     folder = RunFolder(config, groups)
     state = restore_or_start(trainer.policy, folder, console, resume=config.run.resume)
     trainer.sync.push(version=state.step)
@@ -83,25 +109,14 @@ def run(config: Config, groups: platform.Groups) -> None:
 class Trainer:
     """Policy, engine, reward and data of a run, and the stages of one step."""
 
-    def __init__(self, config: Config, groups: platform.Groups, console: Console) -> None:
+    def __init__(self, config: Config, groups: platform.Groups, console: Console, data: Data) -> None:
         self.config, self.groups, self.console = config, groups, console
         self.timer = PhaseTimer()
         c = config.train
-        tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-        self.stop_ids = (tokenizer.eos_token_id,)
-        self.prompts = load_prompts(
-            config.data.train,
-            tokenizer,
-            prompt_key=config.data.prompt_key,
-            answer_key=config.data.answer_key,
-            apply_chat_template=config.data.apply_chat_template,
-            system_prompt=config.data.system_prompt,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-        )
+        self.prompts, self.stop_ids = data.prompts, data.stop_ids
         self.cursor = PromptCursor(
             len(self.prompts), c.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
         )
-        heldout = load_heldout(config, tokenizer)
         vocab_size = ModelShape.from_folder(config.model.path).vocab_size
         self.algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
         self.policy = build_policy(
@@ -123,7 +138,7 @@ class Trainer:
             timeout_seconds=config.reward.timeout_seconds,
             num_workers=config.reward.num_workers,
         )
-        self.evaluator = Evaluator(config, groups, self.engine, self.reward, heldout, self.stop_ids)
+        self.evaluator = Evaluator(config, groups, self.engine, self.reward, data.heldout, self.stop_ids)
 
     def rollout(self, step: int) -> list[list[Group]]:
         """This replica's scored groups, by mini-batch, with their advantages."""
@@ -232,8 +247,10 @@ def rollout_sums(groups: Sequence[Group], replicas: int) -> Sums:
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, Config)
     set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
+    with refusals():
+        data = load_data(config)
     with platform.distributed(config.parallel, seed=config.run.seed) as groups:
-        run(config, groups)
+        run(config, groups, data)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,13 @@ def torch_layer_spec() -> TransformerBlockSubmodules | ModuleSpec:
     )
 
 
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine's layers can run: it is installed, and there is a GPU."""
+    from megatron.core.models.gpt import gpt_layer_specs
+
+    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+
+
 def block_spec(
     config: TransformerConfig, choice: str
 ) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
@@ -170,7 +177,7 @@ def block_spec(
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    have_te = gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    have_te = have_transformer_engine()
     if choice == "transformer_engine" and not have_te:
         raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
     if choice == "transformer_engine" or (choice == "auto" and have_te):
