@@ -94,11 +94,9 @@ def _model(config: AnyConfig) -> Iterator[str]:
         return
     if config.model.init == "weights" and not any(folder.glob("*.safetensors")):
         yield f"model.path: {folder} has no safetensors (model.init = 'random' starts without)"
-    numbers = ("num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
-    for name in numbers:
-        if not isinstance(hf.get(name), int):
-            yield f"model.path: {folder / 'config.json'} has no {name}"
-            return
+    if missing := missing_number(hf):
+        yield f"model.path: {folder / 'config.json'} has no whole number {missing}"
+        return
     yield from _split(config, hf)
     yield from _tokenizer(folder, hf["vocab_size"])
     longest = hf["max_position_embeddings"]
@@ -121,6 +119,13 @@ def _model(config: AnyConfig) -> Iterator[str]:
         )
 
 
+def missing_number(hf: Mapping[str, Any]) -> str | None:
+    """The first of the sizes that every family's config.json gives, and this one does not."""
+    names = ["num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size"]
+    names += ["vocab_size", "max_position_embeddings"]
+    return next((name for name in names if type(hf.get(name)) is not int), None)
+
+
 def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
     tp = config.parallel.tensor_model_parallel_size
     pp = config.parallel.pipeline_model_parallel_size
@@ -128,7 +133,7 @@ def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
     for what, count in (
         ("attention heads", heads),
         ("key/value heads", hf.get("num_key_value_heads") or heads),
-        ("MLP columns", hf.get("intermediate_size") or tp),
+        ("MLP columns", hf["intermediate_size"]),
     ):
         if count % tp:
             yield f"parallel.tensor_model_parallel_size: {tp} does not divide the model's {count} {what}"
@@ -138,11 +143,11 @@ def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
 def _stages(transformer: dict[str, Any], layers: int, pp: int) -> Iterator[str]:
     """Layers over pipeline stages; Megatron's two settings for uneven ones are taken off first."""
     uneven = [f"num_layers_in_{end}_pipeline_stage" for end in ("first", "last")]
-    given = [transformer[name] for name in uneven if transformer.get(name) is not None]
-    if wrong := [n for n in given if type(n) is not int or n < 1]:
-        yield f"model.transformer.num_layers_in_*_pipeline_stage: {wrong[0]!r} is not a number of layers"
+    given = {name: transformer[name] for name in uneven if transformer.get(name) is not None}
+    if wrong := [name for name, n in given.items() if type(n) is not int or n < 1]:
+        yield f"model.transformer.{wrong[0]}: {given[wrong[0]]!r} is not a number of layers"
         return
-    left, stages = layers - sum(given), pp - len(given)
+    left, stages = layers - sum(given.values()), pp - len(given)
     if left % stages if stages > 0 else left != 0 or stages < 0:
         yield (
             f"parallel.pipeline_model_parallel_size: {left} of the model's {layers} layers do not divide "

@@ -111,7 +111,8 @@ def _refuse(problems: Sequence[str]) -> NoReturn:
             print(f"error: {f'[rank {rank}] ' if rank else ''}{problem}", file=sys.stderr, flush=True)
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # torchrun ends its own report, which follows ours on the terminal, with this message.
-        Path(path).write_text(json.dumps({"message": "; ".join(problems), "timestamp": int(time.time())}))
+        message = {"message": "; ".join(problems), "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": message}))
     raise SystemExit(2) from None
 
 
@@ -141,7 +142,11 @@ def compose(argv: Sequence[str], schema: type[BaseModel]) -> tuple[dict[str, Any
             _merge(raw, _read_toml(word, problems))
     for key, value in overrides:
         parsed = True if value is None else _parse_value(value)
-        _set(raw, key, value if key in literal and not isinstance(parsed, str) else parsed, problems)
+        if key in literal and not isinstance(parsed, str):
+            if value is None:
+                problems.append(f"{key}: needs a value after it")
+            parsed = value
+        _set(raw, key, parsed, problems)
     return raw, problems
 
 

@@ -7,10 +7,12 @@ arithmetic is untouched.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import math
 import os
 import queue
+import signal
 import sys
 import traceback
 import warnings
@@ -197,6 +199,7 @@ def start(parallel: Any, seed: int) -> Groups:
     `context_parallel_size` and `timeout_seconds`; rank and world size come from torchrun's
     environment (one process without it).
     """
+    end_with_launcher()
     run_megatron_on_cpu()
     _write_checkpoints_without_a_manager()
     from megatron.core import parallel_state as ps
@@ -226,6 +229,14 @@ def start(parallel: Any, seed: int) -> Groups:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return _groups(this)
+
+
+def end_with_launcher() -> None:
+    """Get SIGTERM when torchrun dies: a rank that outlives it would write into a folder that a resumed
+    run uses. Linux only; elsewhere nothing happens."""
+    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def stop() -> None:

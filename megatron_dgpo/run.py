@@ -18,14 +18,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
-from megatron_dgpo.checks import AnyConfig, check_passthrough, read_json
+from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
 from megatron_dgpo.cli import C, dump_toml, load_or_exit
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.layers import have_transformer_engine
-from megatron_dgpo.mcore.model import ModelShape, build_model
+from megatron_dgpo.mcore.model import SUPPORTED, ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
@@ -312,13 +312,11 @@ def _used_folder(config: AnyConfig) -> Iterator[str]:
 
 def _model_family(config: AnyConfig) -> Iterator[str]:
     hf = read_json(config.model.path / "config.json")
-    if isinstance(hf, str):
-        return  # megatron_dgpo.checks has said so
+    if isinstance(hf, str) or (hf.get("model_type") in SUPPORTED and missing_number(hf)):
+        return  # megatron_dgpo.checks says so
     try:
         ModelShape.from_hf(hf)
-    except KeyError as error:
-        yield f"model.path: {config.model.path / 'config.json'} has no {error.args[0]}"
-    except (ValueError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         yield f"model.path: {config.model.path}: {error}"
 
 

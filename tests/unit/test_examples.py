@@ -1,0 +1,106 @@
+"""Every recipe loads with the schema of its entry point, and can be started as it stands."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_dgpo.cli import compose, keys, load, validate
+from megatron_dgpo.config import Config, SFTConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "examples"
+FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__")
+FILES = sorted(EXAMPLES.rglob("*.toml"))
+
+
+def names(paths: list[Path]) -> list[str]:
+    return [str(path.relative_to(EXAMPLES)) for path in paths]
+
+
+def schema_of(file: Path) -> Any:
+    return SFTConfig if "sft" in file.stem else Config
+
+
+def leaves(raw: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of a TOML file."""
+    return [
+        key
+        for name, value in raw.items()
+        for key in (leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"])
+    ]
+
+
+def test_there_are_recipes() -> None:
+    assert {"quickstart", "gsm8k_smoke"} <= {path.name for path in FOLDERS}
+    assert len(FILES) >= 3
+
+
+@pytest.mark.parametrize("file", FILES, ids=names(FILES))
+def test_every_file_loads(file: Path) -> None:
+    schema = schema_of(file)
+    raw = tomllib.loads(file.read_text())
+    validate(raw, schema)
+    known = {key for key, *_ in keys(schema)}
+    passed_through = ("model.transformer.", "optimizer.megatron.", "ddp.")
+    assert [k for k in leaves(raw) if k not in known and not k.startswith(passed_through)] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=names(FOLDERS))
+def test_every_folder_has_what_it_takes(folder: Path) -> None:
+    assert len((folder / "README.md").read_text().split()) > 20
+    assert list(folder.glob("*.toml"))
+    subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True, timeout=20)
+    script = (folder / "run.sh").read_text()
+    assert script.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in script
+    # What the script and the README name is there.
+    for text in (script, (folder / "README.md").read_text()):
+        for name in re.findall(rf"examples/{folder.name}/([\w.]+)", text):
+            assert (folder / name).is_file(), name
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=names(FOLDERS))
+def test_overrides_in_scripts_and_readmes_are_known(folder: Path) -> None:
+    known = {key for schema in (Config, SFTConfig) for key, *_ in keys(schema)}
+    for file in (folder / "run.sh", folder / "README.md"):
+        for key in re.findall(r"--([a-z_]+\.[a-z_.]+)", file.read_text()):
+            assert key in known, f"{file.name}: {key}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("quickstart")
+    words = ["--out", out, "--traces", 50, "--train-prompts", 40, "--heldout-prompts", 10]
+    command = [sys.executable, EXAMPLES / "quickstart" / "make_data.py", *words]
+    subprocess.run([str(word) for word in command], check=True, timeout=60)
+    return out
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_quick_start_passes_every_check(data: Path, tmp_path: Path, world_size: int) -> None:
+    """As run.sh starts it, on the data and the model folder that make_data.py writes."""
+    common = ["--run.folder", str(tmp_path), "--model.path", str(data / "model")]
+    heldout = ["--evaluation.data", f'["{data}/heldout.jsonl"]']
+    sft = ["--data.train", f'["{data}/sft.jsonl"]', *common, *heldout]
+    load([str(EXAMPLES / "quickstart/sft.toml"), *sft], SFTConfig, world_size=world_size)
+    rl = ["--data.train", f'["{data}/train.jsonl"]', *common, *heldout, "--model.init", "random"]
+    config = load([str(EXAMPLES / "quickstart/dgpo.toml"), *rl], Config, world_size=world_size)
+    assert config.parallel.tensor_model_parallel_size == 2
+    for extra in (["--algorithm.name", "grpo"], ["--algorithm.tau", "0.05"], ["--reward.shuffle", "true"]):
+        load([str(EXAMPLES / "quickstart/dgpo.toml"), *rl, *extra], Config, world_size=world_size)
+
+
+def test_the_cold_start_and_the_run_after_it_fit_together() -> None:
+    raw, problems = compose([str(EXAMPLES / "quickstart/sft.toml")], SFTConfig)
+    sft = validate(raw, SFTConfig)
+    rl = validate(tomllib.loads((EXAMPLES / "quickstart/dgpo.toml").read_text()), Config)
+    assert problems == []
+    assert rl.model.path == sft.run.folder / "hf"
+    assert rl.reward.name == sft.reward.name
+    assert rl.rollout.max_new_tokens == sft.rollout.max_new_tokens
