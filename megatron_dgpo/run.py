@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
+import logging
+import os
 import resource
 import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +23,7 @@ from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
-from megatron_dgpo.cli import C, dump_toml, load_or_exit
+from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.evaluation.metrics import summarize
@@ -37,6 +41,8 @@ from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -71,6 +77,25 @@ class RunState:
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> RunState:
         return cls(step=state["step"], evaluations=state["evaluations"])
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Lock a run's folder for this process, on the rank that writes it; held until the file is closed.
+
+    Raises:
+        ConfigError: another run holds it, such as one that has not ended yet.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError([f"run.folder: another run is writing to {folder}; wait until it ends"]) from None
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s is not locked against a second run: %s", folder, error)
+    return file
 
 
 class RunFolder:

@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -34,6 +35,7 @@ from megatron_dgpo.run import (
     StopSignal,
     build_engine,
     build_policy,
+    claim,
     finish,
     load_heldout,
     load_tokenizer,
@@ -249,7 +251,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
     with refusals():
         data = load_data(config)
-    with platform.distributed(config.parallel, seed=config.run.seed) as groups:
+        lock = claim(config.run.folder)
+    with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
         run(config, groups, data)
 
 

@@ -16,7 +16,9 @@ import torch
 from launch import ROOT, Launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.observe.metrics import read_metrics, without_timings
+from megatron_dgpo.run import claim
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 8
@@ -156,6 +158,21 @@ def test_a_dead_rank_ends_the_run(shop: Workshop) -> None:
     workers[1].kill()
     assert run.wait(60) != 0
     assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_ranks_do_not_outlive_torchrun(shop: Workshop) -> None:
+    run = shop.launch("orphaned", "--checkpoint.every", 0)
+    run.wait_until(lambda: steps_done(shop.folder / "orphaned") >= 1)
+    workers = run.workers()
+    with pytest.raises(ConfigError, match="another run is writing"):
+        claim(shop.folder / "orphaned")
+    run.process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+    assert list((shop.folder / "orphaned" / "checkpoints").glob("step_*"))
+    lock = claim(shop.folder / "orphaned")
+    assert lock is not None
+    lock.close()
 
 
 def test_a_gradient_that_is_not_finite_stops_all_ranks_and_saves_the_batch(shop: Workshop) -> None:
