@@ -104,9 +104,16 @@ class SFTDataConfig(Section):
     """Longer rows are left out, and counted in the log."""
 
 
-class RolloutConfig(Section):
+class GenerationConfig(Section):
     engine: Literal["embedded"] = "embedded"
     """embedded: transformers' generation in the training processes."""
+    max_new_tokens: PositiveInt = 1024
+    """A response that has not ended by then is truncated."""
+    max_batch_size: PositiveInt = 256
+    """Samples that a rank generates together."""
+
+
+class RolloutConfig(GenerationConfig):
     temperature: Positive = 1.0
     """Of the sampling; the trained policy is the one at this temperature."""
     top_p: Probability = 1.0
@@ -115,19 +122,18 @@ class RolloutConfig(Section):
     """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Drop tokens below this share of the likeliest one's probability."""
-    max_new_tokens: PositiveInt = 1024
-    """A response that has not ended by then is truncated."""
-    max_batch_size: PositiveInt = 256
-    """Samples that a rank generates together."""
 
 
-class RewardConfig(Section):
+class ScoringConfig(Section):
     name: str
     """A registered reward: hash_answer, math_verify, exact_match."""
     timeout_seconds: Positive = 10.0
-    """A response that takes longer to score has failed, which is not the same as wrong."""
-    num_workers: Count = 0
-    """Scoring processes a rank; 0 scores in the training process, without a time-out."""
+    """math_verify: a response that takes longer has failed, which is not the same as wrong."""
+    num_workers: PositiveInt = 1
+    """math_verify: scoring processes a rank."""
+
+
+class RewardConfig(ScoringConfig):
     shuffle: bool = False
     """Negative control: deal the rewards of a step to its samples at random."""
 
@@ -228,15 +234,13 @@ class CheckpointConfig(Section):
     """Write the final policy as a Hugging Face folder."""
 
 
-class EvaluationConfig(Section):
+class HeldoutConfig(Section):
     data: Files = ()
     """Held-out prompts; none turns evaluation off."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
     answer_key: str = "answer"
     """Column of the gold answer."""
-    every: Count = 20
-    """Steps between evaluations; 0 evaluates at the start and the end only."""
     k: PositiveInt = 8
     """Samples a problem."""
     temperature: Positive = 1.0
@@ -249,13 +253,19 @@ class EvaluationConfig(Section):
     """Use the first so many problems; 0 uses all."""
 
 
-class ObserveConfig(Section):
+class EvaluationConfig(HeldoutConfig):
+    every: Count = 20
+    """Steps between evaluations; 0 evaluates at the start and the end only."""
+
+
+class SinksConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+
+
+class ObserveConfig(SinksConfig):
     samples_per_step: Count = 8
     """Responses of each step that are kept to read, in whole groups."""
-    every: PositiveInt = 10
-    """Supervised runs: optimizer steps between lines of metrics."""
 
 
 class Config(Section):
@@ -282,9 +292,14 @@ class SFTCheckpointConfig(CheckpointConfig):
     """Steps between checkpoints; 0 writes one at the end only."""
 
 
-class SFTRewardConfig(RewardConfig):
+class SFTRewardConfig(ScoringConfig):
     name: str = "exact_match"
     """A registered reward: hash_answer, math_verify, exact_match."""
+
+
+class SFTObserveConfig(SinksConfig):
+    every: PositiveInt = 10
+    """Optimizer steps between lines of metrics."""
 
 
 class SFTConfig(Section):
@@ -299,7 +314,7 @@ class SFTConfig(Section):
     ddp: dict[str, Any] = {}
     """Fields of Megatron's DistributedDataParallelConfig by name."""
     checkpoint: SFTCheckpointConfig = SFTCheckpointConfig()
-    rollout: RolloutConfig = RolloutConfig()
+    rollout: GenerationConfig = GenerationConfig()
     reward: SFTRewardConfig = SFTRewardConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    observe: ObserveConfig = ObserveConfig()
+    evaluation: HeldoutConfig = HeldoutConfig()
+    observe: SFTObserveConfig = SFTObserveConfig()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_dgpo.algorithms import Algorithm
 from megatron_dgpo.data import PackItem, pack
-from megatron_dgpo.mcore.policy import NonFiniteUpdate, Policy
+from megatron_dgpo.mcore.policy import NonFiniteUpdate, Policy, pad_for_sequence_parallel
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.ops import linear_token_stats
 from megatron_dgpo.types import PackedBatch, Sample, TokenStats
@@ -59,6 +59,8 @@ class Learner:
         for samples in samples_by_minibatch:
             items = [PackItem(s.prompt.token_ids, s.token_ids, s.advantage) for s in samples]
             batches = pack(items, max_tokens=self.max_tokens, device=device, min_batches=1)
+            if self.policy.config.sequence_parallel:  # before anything of length T is made for them
+                batches = [pad_for_sequence_parallel(b, self.policy.groups.tp.size()) for b in batches]
             minibatches.append(MiniBatch(batches, list(samples), len(samples), _num_tokens(samples)))
         counts = torch.tensor([[m.num_sequences, m.num_tokens] for m in minibatches], device=device)
         dist.all_reduce(counts, group=self.policy.groups.dp)

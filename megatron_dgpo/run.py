@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import logging
-import os
+import math
 import resource
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
-from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
-from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit
-from megatron_dgpo.data import load_prompts
-from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.checks import AnyConfig
+from megatron_dgpo.cli import dump_toml
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
-from megatron_dgpo.mcore.layers import have_transformer_engine
-from megatron_dgpo.mcore.model import SUPPORTED, ModelShape, build_model
+from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.observe.metrics import MetricsWriter
 from megatron_dgpo.observe.run_info import write_versions
-from megatron_dgpo.rewards import Reward, reward_names
+from megatron_dgpo.rewards import Reward
 from megatron_dgpo.rollout.collect import collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
@@ -72,30 +63,12 @@ class RunState:
 
     def to_json(self, groups: platform.Groups, k: int) -> dict[str, Any]:
         score = self.evaluations.get(str(self.step), {}).get(f"avg@{k}")
+        score = score if score is not None and math.isfinite(score) else None
         return {**dataclasses.asdict(self), "score": score, "world_size": groups.world_size}
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> RunState:
         return cls(step=state["step"], evaluations=state["evaluations"])
-
-
-def claim(folder: Path) -> IO[str] | None:
-    """Lock a run's folder for this process, on the rank that writes it; held until the file is closed.
-
-    Raises:
-        ConfigError: another run holds it, such as one that has not ended yet.
-    """
-    if os.environ.get("RANK", "0") != "0":
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError([f"run.folder: another run is writing to {folder}; wait until it ends"]) from None
-    except OSError as error:  # some network file systems have no locks
-        log.warning("%s is not locked against a second run: %s", folder, error)
-    return file
 
 
 class RunFolder:
@@ -129,10 +102,11 @@ def restore_or_start(policy: Policy, folder: RunFolder, console: Console, *, res
             folder.metrics.truncate_after(-1)
         return RunState()
     restore(policy, latest)
+    state = RunState.from_json(latest.state)
     if folder.metrics is not None:
-        folder.metrics.truncate_after(latest.step)
+        folder.metrics.truncate_after(latest.step, evaluated=str(latest.step) in state.evaluations)
     console.log(f"resumed from {latest.path}: {latest.step} steps done")
-    return RunState.from_json(latest.state)
+    return state
 
 
 def build_policy(
@@ -172,33 +146,6 @@ def build_engine(config: AnyConfig, groups: platform.Groups) -> Engine:
     )
 
 
-def load_tokenizer(config: AnyConfig) -> Any:
-    """The model folder's tokenizer. Raises ValueError where it cannot end a response."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.path: the tokenizer of {config.model.path} has no eos_token, which ends a response"
-        )
-    return tokenizer
-
-
-def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
-    """The evaluation's prompts, each problem once."""
-    if not config.evaluation.data:
-        return []
-    prompts = deduplicate(
-        load_prompts(
-            config.evaluation.data,
-            tokenizer,
-            prompt_key=config.evaluation.prompt_key,
-            answer_key=config.evaluation.answer_key,
-            apply_chat_template=config.data.apply_chat_template,
-            system_prompt=config.data.system_prompt,
-        )
-    )
-    return prompts[: config.evaluation.max_problems or None]
-
-
 class Evaluator:
     """avg@k and the rest on held-out prompts, which all ranks share out."""
 
@@ -226,11 +173,6 @@ class Evaluator:
             stop_token_ids=stop_token_ids,
         )
 
-    def due(self, step: int, last_step: int) -> bool:
-        if not self._prompts:
-            return False
-        return step in (0, last_step) or (self._c.every > 0 and step % self._c.every == 0)
-
     def __call__(self, console: Console, step: int) -> dict[str, float]:
         metrics = self._run(self._params, console, f"evaluation at step {step}")
         if self._c.greedy:
@@ -254,7 +196,7 @@ def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
     One rank a replica has seen the loss; the others' sums repeat it and are left out.
     """
     merged = Sums()
-    for part in platform.gather_objects(sums if groups.speaks_for_tokens else None, groups.world):
+    for part in platform.gather_objects(sums.on_host() if groups.speaks_for_tokens else None, groups.world):
         if part is not None:
             merged.merge(part)
     return merged.means()
@@ -304,55 +246,3 @@ def finish(
         ]
         + ([{"what": "policy (HF)", "value": str(folder.hf)}] if config.checkpoint.export_hf else []),
     )
-
-
-def parse(argv: Sequence[str], schema: type[C]) -> C:
-    """Config from the command line, with the checks that need Megatron or the run folder.
-
-    Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
-    """
-    checks = (_megatron_fields, _used_folder, _model_family, _layer_spec, _reward_name)
-    return load_or_exit(argv, schema, extra_checks=checks)
-
-
-def _megatron_fields(config: AnyConfig) -> Iterator[str]:
-    for section, given, cls in (
-        ("model.transformer", config.model.transformer, TransformerConfig),
-        ("ddp", config.ddp, DistributedDataParallelConfig),
-        ("optimizer.megatron", config.optimizer.megatron, OptimizerConfig),
-    ):
-        yield from check_passthrough(section, given, dataclasses.fields(cls))
-
-
-def _used_folder(config: AnyConfig) -> Iterator[str]:
-    folder = config.run.folder
-    if files := [path for path in (folder, *folder.parents) if path.is_file()]:
-        yield f"run.folder: {folder} cannot be made, since {files[0]} is a file; choose another folder"
-    elif (folder / "metrics.jsonl").exists() and not config.run.resume:
-        yield (
-            f"run.folder: {folder} already holds a run (add --resume to go on with it, "
-            "or choose another folder)"
-        )
-
-
-def _model_family(config: AnyConfig) -> Iterator[str]:
-    hf = read_json(config.model.path / "config.json")
-    if isinstance(hf, str) or (hf.get("model_type") in SUPPORTED and missing_number(hf)):
-        return  # megatron_dgpo.checks says so
-    try:
-        ModelShape.from_hf(hf)
-    except (ValueError, KeyError) as error:
-        yield f"model.path: {config.model.path}: {error}"
-
-
-def _layer_spec(config: AnyConfig) -> Iterator[str]:
-    if config.model.layer_spec == "transformer_engine" and not have_transformer_engine():
-        yield (
-            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
-            "'auto' and 'torch' do without"
-        )
-
-
-def _reward_name(config: AnyConfig) -> Iterator[str]:
-    if config.reward.name not in reward_names():
-        yield f"reward.name: {config.reward.name!r} is not one of {', '.join(reward_names())}"

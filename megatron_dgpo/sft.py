@@ -22,6 +22,7 @@ from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import SFTConfig
 from megatron_dgpo.data import PackItem, PromptCursor, load_supervised, pack
 from megatron_dgpo.data.supervised import SupervisedExample
+from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
 from megatron_dgpo.learner import supervised_loss
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console, set_up_logging
@@ -33,11 +34,7 @@ from megatron_dgpo.run import (
     StopSignal,
     build_engine,
     build_policy,
-    claim,
     finish,
-    load_heldout,
-    load_tokenizer,
-    parse,
     restore_or_start,
 )
 from megatron_dgpo.types import PackedBatch, Prompt
@@ -67,6 +64,7 @@ def load_data(config: SFTConfig) -> Data:
         max_tokens=config.data.max_tokens,
         system_prompt=config.data.system_prompt,
     )
+    require_prompts("train.batch_size", config.train.batch_size, len(examples))
     return Data(examples, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
 
 
@@ -101,12 +99,13 @@ def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:
             stopping = stop.on_any_rank(groups)
             every = config.checkpoint.every
             if stopping or last or (every and state.step % every == 0):
-                if last:
-                    evaluate_once(config, groups, policy, data, folder, state, console)
                 folder.checkpoints.save(policy, state.to_json(groups, config.evaluation.k))
             if stopping and not last:
-                console.log(f"asked to stop: saved after step {state.step}; go on with --resume")
+                console.log(f"asked to stop after step {state.step}; go on with --resume")
                 return
+    if data.heldout and str(state.step) not in state.evaluations:
+        evaluate(config, groups, policy, data, folder, state, console)
+        folder.checkpoints.rewrite_state(state.to_json(groups, config.evaluation.k))
     finish(config, policy, folder, state, console, time.perf_counter() - started)
 
 
@@ -140,7 +139,7 @@ def global_sum(value: float, groups: platform.Groups) -> float:
     return float(total)
 
 
-def evaluate_once(
+def evaluate(
     config: SFTConfig,
     groups: platform.Groups,
     policy: Policy,
@@ -150,8 +149,6 @@ def evaluate_once(
     console: Console,
 ) -> None:
     """Held-out accuracy of the finished cold start."""
-    if not data.heldout:
-        return
     engine = build_engine(config, groups)
     WeightSync(policy.model, groups, engine).push(version=state.step)
     r = config.reward

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import sys
@@ -20,6 +21,7 @@ from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptCursor, load_prompts
+from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
 from megatron_dgpo.learner import Learner, MiniBatch
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.observe.console import Console, set_up_logging
@@ -35,17 +37,15 @@ from megatron_dgpo.run import (
     StopSignal,
     build_engine,
     build_policy,
-    claim,
     finish,
-    load_heldout,
-    load_tokenizer,
     merge_over_ranks,
-    parse,
     peak_memory_bytes,
     restore_or_start,
 )
 from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights.sync import WeightSync
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def load_data(config: Config) -> Data:
         system_prompt=config.data.system_prompt,
         max_prompt_tokens=config.data.max_prompt_tokens,
     )
+    require_prompts("train.prompts_per_step", config.train.prompts_per_step, len(prompts))
     return Data(prompts, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
 
 
@@ -83,7 +84,8 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
     if state.step == 0:
         trainer.evaluate_when_due(state, folder)
 
-    while state.step < config.train.steps:
+    stopping = stop.on_any_rank(groups)
+    while state.step < config.train.steps and not stopping:
         with trainer.timer("step"):
             with trainer.timer("generate"):
                 groups_by_minibatch = trainer.rollout(state.step)
@@ -100,9 +102,8 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
         every = config.checkpoint.every
         if stopping or state.step == config.train.steps or (every and state.step % every == 0):
             folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k))
-        if stopping and state.step < config.train.steps:
-            console.log(f"asked to stop: saved after step {state.step}; go on with --resume")
-            break
+    if state.step < config.train.steps:
+        console.log(f"asked to stop after step {state.step}; go on with --resume")
     else:
         finish(config, trainer.policy, folder, state, console, time.perf_counter() - started)
     trainer.close()
@@ -140,6 +141,7 @@ class Trainer:
             timeout_seconds=config.reward.timeout_seconds,
             num_workers=config.reward.num_workers,
         )
+        self.heldout = data.heldout
         self.evaluator = Evaluator(config, groups, self.engine, self.reward, data.heldout, self.stop_ids)
 
     def rollout(self, step: int) -> list[list[Group]]:
@@ -179,6 +181,9 @@ class Trainer:
     def prepare(self, groups_by_minibatch: Sequence[Sequence[Group]]) -> tuple[list[MiniBatch], Sums]:
         """Packed mini-batches with everything that is fixed before the first update."""
         minibatches = self.learner.pack([self.algorithm.select(list(g)) for g in groups_by_minibatch])
+        if not minibatches:
+            log.warning("no sample of this step has a reward: no update (see the samples' reward_error)")
+            return [], Sums()
         return minibatches, self.learner.prepare(minibatches)
 
     def update(self, minibatches: Sequence[MiniBatch], folder: RunFolder) -> Sums:
@@ -207,7 +212,9 @@ class Trainer:
         self.console.step_line(state.step, self.config.train.steps, metrics)
 
     def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:
-        if not self.evaluator.due(state.step, self.config.train.steps):
+        step, every = state.step, self.config.evaluation.every
+        due = step in (0, self.config.train.steps) or (every > 0 and step % every == 0)
+        if not (due and self.heldout):
             return
         result = state.evaluations[str(state.step)] = self.evaluator(self.console, state.step)
         folder.write_metrics(state.step, result, "eval")

@@ -11,4 +11,4 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 python examples/gsm8k_smoke/prepare.py --out "$out/data"
 rm -rf "$out/run"
-torchrun --standalone --nproc-per-node 2 -m megatron_dgpo.train examples/gsm8k_smoke/dgpo.toml "$@"
+torchrun --standalone --shutdown-timeout 120 --nproc-per-node 2 -m megatron_dgpo.train examples/gsm8k_smoke/dgpo.toml "$@"

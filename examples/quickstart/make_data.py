@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ CHAT_TEMPLATE = (
 )
 
 GUESS_RATE = 0.3  # before each step, the teacher gives up and states the answer
-BAD_FACT_SHARE = 0.25  # of the hundred products of two digits
+BAD_FACT_SHARE = 0.5  # of the hundred products of two digits
 BAD_FACT_RATE = 0.55  # how often one of those is taught wrong
 SLIP_RATE = {"*": 0.10, "+": 0.03, "-": 0.03}  # how often any other step goes wrong
 HELDOUT_SHARE = 0.1
@@ -200,8 +201,12 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def make(out: Path, *, seed: int, traces: int, train_prompts: int, heldout_prompts: int) -> None:
-    """Write all files into `out`; equal arguments give equal files."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Write all files into `out`, which appears once they are complete; equal arguments give equal
+    files."""
+    final, out = out, out.with_name(out.name + ".partial")
+    for old in (out, final):
+        shutil.rmtree(old, ignore_errors=True)
+    out.mkdir(parents=True)
     teacher = Teacher(random.Random(f"{seed} teacher"))
     taught = islice(problems(random.Random(f"{seed} traces"), heldout=False), traces)
     rows = [{"prompt": problem.prompt, "response": teacher.trace(problem)} for problem in taught]
@@ -210,9 +215,10 @@ def make(out: Path, *, seed: int, traces: int, train_prompts: int, heldout_promp
         chosen = islice(problems(random.Random(f"{seed} {name}"), heldout=heldout), count)
         write_jsonl(out / f"{name}.jsonl", [{"prompt": p.prompt, "answer": str(p.answer)} for p in chosen])
     write_model(out / "model")
+    out.rename(final)
     mean = sum(len(row["response"]) + 1 for row in rows) / max(len(rows), 1)
     print(
-        f"{out}: {traces} traces (mean {mean:.1f} tokens with <eos>), {train_prompts} training and "
+        f"{final}: {traces} traces (mean {mean:.1f} tokens with <eos>), {train_prompts} training and "
         f"{heldout_prompts} held-out prompts, vocabulary {len(build_tokenizer())}"
     )
 

@@ -26,10 +26,10 @@ if [ -n "$short" ]; then
     sft_size=(--train.steps 60)
     rl_size=(--train.steps 4 --evaluation.every 2 --checkpoint.every 2)
 fi
-launch() { torchrun --standalone --nproc-per-node "$nproc" "$@"; }
+launch() { torchrun --standalone --shutdown-timeout 120 --nproc-per-node "$nproc" "$@"; }
 
 started=$SECONDS
-if [ ! -f "$out/data/train.jsonl" ]; then
+if [ ! -d "$out/data" ]; then
     echo "== 1/3 data: chained arithmetic with worked steps, seed $seed"
     python "$here/make_data.py" --out "$out/data" --seed "$seed" "${data_size[@]}"
 fi

@@ -132,13 +132,19 @@ class PromptCursor:
 
     The data are the epochs end to end, each a seeded permutation of all prompts; the batch of step s
     is the positions s * batch_size up to (s + 1) * batch_size. So every prompt is seen exactly once an
-    epoch, and no remainder of an epoch is dropped.
+    epoch, and no remainder of an epoch is dropped. No prompt occurs twice in a step: where a step
+    spans the end of an epoch, the next epoch's permutation starts with prompts that the step lacks.
+
+    Raises:
+        ValueError: a size below 1, a batch above the number of prompts, or a negative seed.
     """
 
     def __init__(self, num_prompts: int, batch_size: int, *, seed: int, shuffle: bool) -> None:
         for name, value in (("num_prompts", num_prompts), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected at least 1")
+        if batch_size > num_prompts:
+            raise ValueError(f"{batch_size} prompts a step, but the data have only {num_prompts}")
         if seed < 0:
             raise ValueError(f"seed is {seed}, expected at least 0")
         self.num_prompts = num_prompts
@@ -149,28 +155,34 @@ class PromptCursor:
         self._order = np.empty(0, dtype=np.int64)
 
     def indices(self, step: int) -> list[int]:
-        """The prompts of a step, the first step being 0: `batch_size` numbers below `num_prompts`."""
+        """The prompts of a step, the first step being 0: `batch_size` distinct numbers below
+        `num_prompts`."""
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
-        position, end = step * self.batch_size, (step + 1) * self.batch_size
-        parts = []
-        while position < end:
-            epoch, start = divmod(position, self.num_prompts)
-            part = self._permutation(epoch)[start : start + end - position]
-            parts.append(part)
-            position += len(part)
-        return np.concatenate(parts).tolist()
+        epoch, start = divmod(step * self.batch_size, self.num_prompts)
+        part = self._order_of(epoch)[start : start + self.batch_size]
+        if missing := self.batch_size - len(part):
+            part = np.concatenate((part, self._order_of(epoch + 1)[:missing]))
+        return part.tolist()
 
-    def epoch(self, step: int) -> float:
-        """Passes over the data that are complete before `step`."""
-        return step * self.batch_size / self.num_prompts
+    def _order_of(self, epoch: int) -> np.ndarray:
+        """An epoch's order follows from those before it; the last one is kept."""
+        if epoch < self._epoch:
+            self._epoch = -1
+        while self._epoch < epoch:
+            self._epoch += 1
+            order = self._permutation(self._epoch)
+            # Prompts of the step that the epoch before this one left unfinished.
+            if left := self._epoch * self.num_prompts % self.batch_size:
+                fresh = ~np.isin(order, self._order[-left:])
+                head = np.flatnonzero(fresh)[: self.batch_size - left]
+                order = np.concatenate((order[head], np.delete(order, head)))
+            self._order = order
+        return self._order
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:  # only a cache: the answer does not depend on earlier calls
-            self._order = np.arange(self.num_prompts)
-            if self.shuffle:
-                # numpy promises stable raw bits across its releases, but not stable permutations.
-                bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
-                self._order = np.argsort(bits.random_raw(self.num_prompts), kind="stable")
-            self._epoch = epoch
-        return self._order
+        if not self.shuffle:
+            return np.arange(self.num_prompts)
+        # numpy promises stable raw bits across its releases, but not stable permutations.
+        bits = np.random.PCG64(np.random.SeedSequence([self.seed, epoch]))
+        return np.argsort(bits.random_raw(self.num_prompts), kind="stable")

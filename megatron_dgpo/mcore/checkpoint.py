@@ -6,10 +6,13 @@ disk; what a killed run leaves behind has another name and is removed by the nex
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,6 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_dgpo import platform
-from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.policy import Policy, inner_optimizers
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 _STATE_FILE = "run_state.json"
+_SAVE_LIMIT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Checkpoint:
     step: int
     path: Path
     state: dict[str, Any]
-    """What the run wrote beside the weights: step, data position, evaluation, config facts."""
+    """What the run wrote beside the weights: step, evaluations, score, number of ranks."""
 
 
 class CheckpointStore:
@@ -88,7 +91,7 @@ class CheckpointStore:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         _barrier(self.groups)
-        with platform.megatron_calls():
+        with _time_limit(), platform.megatron_calls():
             dist_checkpointing.save(
                 _sharded_state(policy, loading=False),
                 str(partial),
@@ -106,6 +109,15 @@ class CheckpointStore:
         _barrier(self.groups)
         return final
 
+    def rewrite_state(self, state: dict[str, Any]) -> None:
+        """Replace what stands beside the weights of the checkpoint at `state["step"]`."""
+        if self.groups.rank == 0:
+            path = self.folder / f"step_{state['step']:08d}" / _STATE_FILE
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(state, indent=1))
+            os.replace(partial, path)
+        _barrier(self.groups)
+
     def _prune(self) -> None:
         if self.keep_last <= 0:
             return
@@ -119,6 +131,16 @@ class CheckpointStore:
                 doomed = old.path.with_suffix(".partial")
                 old.path.rename(doomed)
                 shutil.rmtree(doomed)
+
+
+@contextmanager
+def _time_limit() -> Iterator[None]:
+    """Megatron waits without a limit for the processes that it forks to write files."""
+    faulthandler.dump_traceback_later(_SAVE_LIMIT_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _barrier(groups: platform.Groups) -> None:
@@ -136,11 +158,12 @@ def _flush_to_disk(folder: Path) -> None:
 
 
 def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    model = policy.ddp.module.sharded_state_dict(metadata=_METADATA)
+    metadata = dict(_METADATA)  # Megatron writes a process group into it
+    model = policy.ddp.module.sharded_state_dict(metadata=metadata)
     groups = policy.groups
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA),
+        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
         "scheduler": policy.scheduler.state_dict(),
         # Generators differ by rank; with another number of ranks they cannot be restored, and
         # nothing in a run draws from them (sampling and shuffling are seeded by step).
@@ -178,13 +201,6 @@ def restore(policy: Policy, checkpoint: Checkpoint) -> None:
     _separate_steps(policy)
     if same_ranks:
         _restore_rng(loaded["rng"])
-
-
-def load_weights(model: PolicyModel, path: Path) -> None:
-    """Weights alone from a training checkpoint, at any split."""
-    with platform.megatron_calls():
-        loaded = dist_checkpointing.load({"model": model.sharded_state_dict(metadata=_METADATA)}, str(path))
-    model.load_state_dict(loaded["model"])
 
 
 def _accept_missing_step(policy: Policy) -> None:

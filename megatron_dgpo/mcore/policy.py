@@ -34,6 +34,19 @@ LossFn = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]
 """Like MicrobatchFn; the scalar loss is this micro-batch's share of the mini-batch's sum."""
 
 
+OWNED_OPTIMIZER_FIELDS = {
+    **{name: f"optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "clip_grad")},
+    **{name: f"optimizer.{name}" for name in ("adam_beta1", "adam_beta2", "adam_eps")},
+    **dict.fromkeys(("bf16", "fp16", "params_dtype"), "model.params_dtype"),
+    "use_distributed_optimizer": "the checkpoint format",
+}
+OWNED_DDP_FIELDS = {
+    "use_distributed_optimizer": "the checkpoint format",
+    "average_in_collective": "the loss's global denominators",
+}
+"""Fields of Megatron's dataclasses that users may not override, and what each follows from."""
+
+
 class NonFiniteUpdate(RuntimeError):
     """The loss or the gradient is not a number; the parameters must not be used any more."""
 
@@ -76,6 +89,7 @@ def pad_for_sequence_parallel(batch: PackedBatch, multiple: int) -> PackedBatch:
         positions_T=grow(batch.positions_T, more),
         loss_mask_T=grow(batch.loss_mask_T, zeros),
         cu_seqlens=cu_seqlens,
+        coefficients_T=None if batch.coefficients_T is None else grow(batch.coefficients_T, zeros),
     )
 
 
@@ -276,4 +290,7 @@ def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> OptimizerPar
         end_wd=c.weight_decay,
         wd_incr_steps=total_updates,
         wd_incr_style="constant",
+        # The config speaks, also in a resumed run: it may have been made longer.
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
     )

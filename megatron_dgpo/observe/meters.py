@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Self
 
 import torch
 
@@ -45,8 +44,7 @@ class Sums:
     """Named (sum, count) pairs; their ratio is a mean over whatever was counted.
 
     Ranks hold different numbers of samples and tokens, so means cannot be averaged but sums can be
-    added: every rank turns the same list of names into a vector, the vectors are all-reduced with
-    SUM, and `from_vector` gives the global sums.
+    merged.
     """
 
     def __init__(self) -> None:
@@ -64,33 +62,11 @@ class Sums:
         for name, (total, count) in other._pairs.items():
             self.add(name, total, count)
 
-    def names(self) -> list[str]:
-        """The names seen so far, sorted."""
-        return sorted(self._pairs)
-
-    def to_vector(self, names: Sequence[str], device: torch.device | str = "cpu") -> torch.Tensor:
-        """float64 (2 * len(names),): the sums, then the counts. A name not seen here counts 0.
-
-        Raises KeyError for names seen here that the list leaves out.
-        """
-        if left_over := sorted(set(self._pairs) - set(names)):
-            raise KeyError(f"these sums are not in the list of names: {', '.join(left_over)}")
-        pairs = [self._pairs.get(name, (0.0, 0.0)) for name in names]
-        values = [total for total, _ in pairs] + [count for _, count in pairs]
-        out = torch.zeros(len(values), dtype=torch.float64, device=device)
-        for k, value in enumerate(values):
-            out[k] = value
-        return out
-
-    @classmethod
-    def from_vector(cls, names: Sequence[str], vector: torch.Tensor) -> Self:
-        """The sums that `to_vector` (or a SUM of such vectors) describes."""
-        if vector.shape != (2 * len(names),):
-            raise ValueError(f"{len(names)} names need {2 * len(names)} numbers, got {tuple(vector.shape)}")
-        numbers = vector.tolist()
-        out = cls()
-        for k, name in enumerate(names):
-            out.add(name, numbers[k], numbers[len(names) + k])
+    def on_host(self) -> Sums:
+        """The same as plain numbers, which can travel to other ranks."""
+        out = Sums()
+        for name, (total, count) in self._pairs.items():
+            out.add(name, float(total), float(count))
         return out
 
     def means(self) -> dict[str, float]:

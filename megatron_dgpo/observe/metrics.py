@@ -62,11 +62,13 @@ class MetricsWriter:
                 self._tensorboard.add_scalar(f"{phase}/{name}", row[name], step)
             self._tensorboard.flush()
 
-    def truncate_after(self, step: int) -> None:
-        """Drop the lines of later steps: a run that resumes from `step` writes them again."""
+    def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop the lines that a run which resumes from `step` writes again: those of later steps, and
+        the evaluation of `step` itself where that was not `evaluated` yet."""
         self._file.close()
+        last = {"train": step, "eval": step if evaluated else step - 1}
         rows = jsonl.read(self._path)
-        jsonl.write(self._path, [row for row in rows if row["step"] <= step])
+        jsonl.write(self._path, [row for row in rows if row["step"] <= last[row["phase"]]])
         self._file = self._path.open("a", encoding="utf-8")
         if self._tensorboard is not None:
             self._tensorboard.close()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import json
 import os
 import queue
 import resource
+import signal
 import sys
 import threading
 
@@ -20,6 +22,7 @@ def main(task: str) -> None:
 
     A function `prepare_worker` of the module, where it has one, runs first.
     """
+    _end_with_trainer()
     # Results go to the pipe alone: what libraries print belongs to standard error.
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -47,6 +50,14 @@ def main(task: str) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         results.write(json.dumps(answer) + "\n")
+
+
+def _end_with_trainer() -> None:
+    """A long computation can keep the reading thread from seeing that standard input has ended; on
+    Linux the kernel ends the worker instead."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_dgpo import platform
 from megatron_dgpo.mcore.model import ModelShape, PolicyModel
 from megatron_dgpo.weights.export import export_stream, local_entries
-from megatron_dgpo.weights.names import NameTable
-from megatron_dgpo.weights.shards import shard, to_full
+from megatron_dgpo.weights.names import Entry, NameTable
+from megatron_dgpo.weights.shards import from_full, shard, to_full
 
 TensorSource = Callable[[str], Tensor]
 
@@ -66,21 +66,32 @@ def load_hf(model: PolicyModel, groups: platform.Groups, names: list[str], read:
 
     Raises:
         KeyError: naming a tensor that is missing or has no Megatron counterpart.
-        ValueError: naming a parameter whose shape does not fit.
+        ValueError: naming a tensor whose shape does not fit.
     """
     table = name_table(model.shape)
     table.check_hf_names(names)
     padded = model.shape.padded_vocab_size(groups.tp.size())
     with torch.no_grad():
         for entry, parameter in local_entries(model, table):
-            full = to_full(entry, [read(n) for n in entry.hf], model.shape, padded)
+            tensors = [read(n) for n in entry.hf]
+            _check_shapes(entry, tensors, parameter, groups.tp.size(), model.shape)
+            full = to_full(entry, tensors, model.shape, padded)
             part = shard(entry, full, groups.tp.rank(), groups.tp.size())
-            if part.shape != parameter.shape:
-                raise ValueError(
-                    f"{entry.hf[0]}: {tuple(part.shape)} does not fit {entry.megatron} "
-                    f"{tuple(parameter.shape)} at tensor_model_parallel_size {groups.tp.size()}"
-                )
             parameter.copy_(part)
+
+
+def _check_shapes(entry: Entry, tensors: list[Tensor], parameter: Tensor, tp: int, shape: ModelShape) -> None:
+    """Raise ValueError for a tensor that is not of the shape that export would give it: joined with
+    others or padded, a wrong one could make a parameter of the right shape."""
+    full_shape = list(parameter.shape)
+    if entry.tp_dim is not None:
+        full_shape[entry.tp_dim] *= tp
+    wanted = from_full(entry, torch.empty(full_shape, device="meta"), shape)
+    for name, tensor, like in zip(entry.hf, tensors, wanted, strict=True):
+        if tensor.shape != like.shape:
+            raise ValueError(
+                f"{name}: the shape is {tuple(tensor.shape)}, but config.json makes it {tuple(like.shape)}"
+            )
 
 
 def save_hf(

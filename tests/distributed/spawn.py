@@ -70,8 +70,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     context = mp.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
+        # Not daemons, which may not have children: Megatron's checkpoint writer is one.
         processes = [
-            context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args), daemon=True)
+            context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
             for r in range(world_size)
         ]
         deadline = time.monotonic() + timeout

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -17,8 +18,8 @@ from launch import ROOT, Launch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dgpo.cli import ConfigError
+from megatron_dgpo.entry import claim
 from megatron_dgpo.observe.metrics import read_metrics, without_timings
-from megatron_dgpo.run import claim
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 8
@@ -160,19 +161,42 @@ def test_a_dead_rank_ends_the_run(shop: Workshop) -> None:
     assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
 
 
-def test_ranks_do_not_outlive_torchrun(shop: Workshop) -> None:
-    run = shop.launch("orphaned", "--checkpoint.every", 0)
-    run.wait_until(lambda: steps_done(shop.folder / "orphaned") >= 1)
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=lambda sign: sign.name)
+def test_ranks_save_and_end_with_torchrun(shop: Workshop, sign: signal.Signals) -> None:
+    name = f"torchrun-{sign.name}"
+    run = shop.launch(name, "--checkpoint.every", 0)
+    run.wait_until(lambda: steps_done(shop.folder / name) >= 1)
     workers = run.workers()
     with pytest.raises(ConfigError, match="another run is writing"):
-        claim(shop.folder / "orphaned")
-    run.process.kill()
+        claim(shop.folder / name)
+    run.process.send_signal(sign)
     _, alive = psutil.wait_procs(workers, timeout=30)
     assert not alive
-    assert list((shop.folder / "orphaned" / "checkpoints").glob("step_*"))
-    lock = claim(shop.folder / "orphaned")
+    assert list((shop.folder / name / "checkpoints").glob("step_*"))
+    lock = claim(shop.folder / name)
     assert lock is not None
     lock.close()
+    run.wait(30)
+
+
+def test_a_step_without_rewards_changes_nothing_and_goes_on(shop: Workshop) -> None:
+    tiny = (
+        "--train.prompts_per_step",
+        2,
+        "--train.prompts_per_minibatch",
+        2,
+        "--train.samples_per_prompt",
+        2,
+    )
+    timed_out = ("--reward.name", "math_verify", "--reward.timeout_seconds", 1e-6)
+    more = ("--parallel.tensor_model_parallel_size", 1, "--evaluation.data", "[]", "--train.steps", 2)
+    run = shop.launch("unscored", *tiny, *timed_out, *more, nproc=1).succeed()
+    assert [row["reward_failed"] for row in shop.rows("unscored")] == [1.0, 1.0]
+    assert "no sample of this step has a reward" in run.output
+    before = AutoModelForCausalLM.from_pretrained(shop.coldstart / "hf")
+    after = AutoModelForCausalLM.from_pretrained(shop.folder / "unscored" / "hf")
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_gradient_that_is_not_finite_stops_all_ranks_and_saves_the_batch(shop: Workshop) -> None:

@@ -33,15 +33,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "evaluation": {"rewards", "types"},
     "observe": {"types"},
     "learner": {*PARTS, *SHARED},
+    "entry": {*PARTS, *SHARED, "checks", "cli"},
     "run": {*PARTS, *SHARED, "checks", "cli", "learner"},
-    "train": {*PARTS, *SHARED, "checks", "cli", "learner", "run"},
-    "sft": {*PARTS, *SHARED, "checks", "cli", "learner", "run"},
+    "train": {*PARTS, *SHARED, "checks", "cli", "learner", "entry", "run"},
+    "sft": {*PARTS, *SHARED, "checks", "cli", "learner", "entry", "run"},
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import."""
 PURE = {"types", "config", "checks", "cli", "weights.names"}
 """Need the standard library and pydantic alone."""
-NAMES_MEGATRON = {"platform", "mcore", "run"}
+NAMES_MEGATRON = {"platform", "mcore", "entry"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")
 
 

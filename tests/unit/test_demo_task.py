@@ -90,7 +90,7 @@ STEP = re.compile(r"(so|now|then) ([a-z])=([a-z])([*+-])(\d)=(\d)\4\5=(\d);")
 
 def test_the_teacher_errs_as_often_as_it_should(make_data):
     teacher = make_data.Teacher(random.Random(0))
-    assert len(teacher.bad_facts) == 25
+    assert len(teacher.bad_facts) == 100 * make_data.BAD_FACT_SHARE
     assert all(wrong != a * b % 10 for (a, b), wrong in teacher.bad_facts.items())
     guesses = chances = 0
     wrong: Counter[str] = Counter()

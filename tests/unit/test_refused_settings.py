@@ -6,77 +6,11 @@ One line a problem on stderr, naming the key (or file and row) and what would be
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import ROOT, Launch
-
-EXAMPLES = ROOT / "examples" / "quickstart"
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
-
-
-class Place:
-    """A folder with the quick start's data and model folder, and command lines that name them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data, self.model = folder, folder / "data", folder / "model"
-
-    def words(self, module: str, *more: object) -> list[str]:
-        """A command line that passes every check, and then `more`."""
-        rows = self.data / ("train.jsonl" if module == "train" else "sft.jsonl")
-        words = [
-            EXAMPLES / ("dgpo.toml" if module == "train" else "sft.toml"),
-            "--run.folder",
-            self.folder / "run",
-        ]
-        words += ["--model.path", self.model, "--model.init", "random", "--data.train", f'["{rows}"]']
-        words += ["--parallel.tensor_model_parallel_size", 1, "--evaluation.data", "[]", *more]
-        return [str(word).replace("{folder}", str(self.folder)) for word in words]
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("original")
-    size = ("--traces", 30, "--train-prompts", 40, "--heldout-prompts", 10)
-    command = [sys.executable, EXAMPLES / "make_data.py", "--out", folder / "data", *size]
-    subprocess.run([str(word) for word in command], check=True, timeout=100)
-    (folder / "data" / "model").rename(folder / "model")
-    return Place(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def launches(original: Place) -> Iterator[dict[str, Launch]]:
-    """Two refused runs under torchrun, started first, so that they go on beside the other tests."""
-    bad = original.folder / "bad.jsonl"
-    bad.write_text((original.data / "sft.jsonl").read_text() + '{"prompt": "a=1,b=a+2,b?", "response": 7}\n')
-    words = {
-        "train": original.words("train", "--reward.name", "hash_anser"),
-        "sft": original.words("sft", "--data.train", f'["{bad}"]'),
-    }
-    started = {
-        name: Launch(f"megatron_dgpo.{name}", 2, words[name], original.folder / f"{name}.log")
-        for name in words
-    }
-    yield started
-    for launch in started.values():
-        launch.kill()
-
-
-@pytest.fixture
-def place(original: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
-    """A copy to spoil, seen by one process of the world that a test says."""
-    for name in TORCHRUN:
-        monkeypatch.delenv(name, raising=False)
-    shutil.copytree(original.model, tmp_path / "model")
-    shutil.copytree(original.data, tmp_path / "data")
-    return Place(tmp_path)
-
+from place import Place
 
 # --- settings ---------------------------------------------------------------------------------------
 
@@ -99,6 +33,22 @@ BATCH = ["--train.prompts_per_step", 12, "--train.prompts_per_minibatch"]
 STAGE = "--model.transformer.num_layers_in_first_pipeline_stage"
 
 SETTINGS = {
+    # fields of Megatron's that the project sets
+    "field of the model": Case(
+        ["--model.transformer.layernorm_epsilon", 0.1],
+        "model.transformer.layernorm_epsilon: follows from the model's config.json and cannot be set",
+    ),
+    "field of the loss": Case(
+        ["--model.transformer.calculate_per_token_loss", "false"],
+        "model.transformer.calculate_per_token_loss: follows from the loss's global denominators and",
+    ),
+    "field of the optimizer": Case(
+        ["--optimizer.megatron.lr", 0.1], "optimizer.megatron.lr: follows from optimizer.lr and cannot be set"
+    ),
+    "field of the buffers": Case(
+        ["--ddp.use_distributed_optimizer", "false"],
+        "ddp.use_distributed_optimizer: follows from the checkpoint format and cannot be set",
+    ),
     # names
     "key": Case(["--train.step", 3], "train.step: unknown key (did you mean train.steps?)"),
     "key elsewhere": Case(["--train.lr", 3], "train.lr: unknown key (did you mean optimizer.lr?)"),
@@ -325,7 +275,7 @@ def test_settings(
     name: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from megatron_dgpo.config import Config, SFTConfig
-    from megatron_dgpo.run import parse
+    from megatron_dgpo.entry import parse
 
     case = SETTINGS[name]
     if name == "Transformer Engine" and has_transformer_engine():
@@ -357,7 +307,7 @@ def has_transformer_engine() -> bool:
 @pytest.mark.parametrize("module", ["train", "sft"])
 def test_the_command_line_that_the_cases_change_is_right(module: str, place: Place) -> None:
     from megatron_dgpo.config import Config, SFTConfig
-    from megatron_dgpo.run import parse
+    from megatron_dgpo.entry import parse
 
     config = parse(place.words(module), Config if module == "train" else SFTConfig)
     assert config.run.folder == place.folder / "run"
@@ -371,7 +321,7 @@ def test_the_command_line_that_the_cases_change_is_right(module: str, place: Pla
 
 def test_missing_keys_are_named(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     from megatron_dgpo.config import Config
-    from megatron_dgpo.run import parse
+    from megatron_dgpo.entry import parse
 
     path = place.folder / "few.toml"
     path.write_text("[data]\n[train]\nsteps = 3\n[optimizer]\nlr = 1e-3\n[reward]\nname = 'exact_match'")
@@ -388,146 +338,3 @@ def test_missing_keys_are_named(place: Place, capsys: pytest.CaptureFixture[str]
         "train.prompts_per_minibatch",
     ]
     assert told == [(f"error: {name}", ": missing, and there is no default", "") for name in names]
-
-
-# --- data rows --------------------------------------------------------------------------------------
-
-GOOD = '{"prompt": "a=1,b=a+2,b?", "answer": "3", "response": "b=3;#3"}\n'
-ROWS = {
-    "not JSON": ("train", GOOD + "{'prompt': 1}\n", ", row 2: not valid JSON (Expecting property name"),
-    "cut": ("train", GOOD + '\n{"prompt": "a', ", row 3: not valid JSON (Unterminated string"),
-    "a list": ("train", '["a", "b"]\n', ", row 1: expected a JSON object, got list"),
-    "no prompt": ("train", GOOD + '{"answer": "3"}', ", row 2: no key 'prompt'; the row has ['answer']"),
-    "no answer": ("train", GOOD + '{"prompt": "3"}', ", row 2: no key 'answer'; the row has ['prompt']"),
-    "no response": ("sft", GOOD + '{"prompt": "3"}', ", row 2: no key 'response'; the row has ['prompt']"),
-    "prompt a number": (
-        "train",
-        '{"prompt": 3, "answer": "3"}',
-        ", row 1: 'prompt' is a int, expected a string or",
-    ),
-    "prompt empty": ("train", GOOD + '{"prompt": " ", "answer": "3"}', ", row 2: 'prompt' is empty"),
-    "prompt empty for sft": ("sft", GOOD + '{"prompt": "", "response": "3"}', ", row 2: 'prompt' is empty"),
-    "chat empty": ("train", '{"prompt": [], "answer": "3"}', ", row 1: 'prompt' is empty"),
-    "chat of text": (
-        "train",
-        '{"prompt": ["a"], "answer": "3"}',
-        ", row 1: message 1 of 'prompt' is a str, expected",
-    ),
-    "chat without content": (
-        "train",
-        '{"prompt": [{"role": "user"}], "answer": "3"}',
-        ", row 1: message 1 of 'prompt' has no string 'content'",
-    ),
-    "chat with an end": (
-        "sft",
-        '{"prompt": [{"role": "assistant", "content": "b"}], "response": "3"}',
-        ", row 1: 'prompt' ends with an assistant message; there is nothing to answer",
-    ),
-    "answer a list": (
-        "train",
-        '{"prompt": "a", "answer": [3]}',
-        ", row 1: 'answer' is a list, expected a string or a number",
-    ),
-    "answer empty": ("train", '{"prompt": "a", "answer": ""}', ", row 1: 'answer' is empty"),
-    "response null": (
-        "sft",
-        '{"prompt": "a", "response": null}',
-        ", row 1: 'response' is a NoneType, expected a string",
-    ),
-    "response empty": ("sft", '{"prompt": "a", "response": " "}', ", row 1: 'response' is empty"),
-    "no rows": ("train", "\n\n", " has no rows"),
-}
-
-
-def refused(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> str:
-    """The one error line of an entry point's `main`, which must not come to process groups."""
-    import importlib
-
-    from megatron_dgpo import platform
-
-    def no_groups(*_: object, **__: object) -> None:
-        raise AssertionError("process groups were built")
-
-    entry = importlib.import_module(f"megatron_dgpo.{module}")
-    monkeypatch.setattr(entry, "set_up_logging", lambda *_: None)  # pytest has its own
-    monkeypatch.setattr(platform, "start", no_groups)
-    with pytest.raises(SystemExit) as caught:
-        entry.main.__wrapped__(words)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_rows(name: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    module, text, says = ROWS[name]
-    path = place.data / "bad.jsonl"
-    path.write_text(text)
-    line = refused(module, place.words(module, "--data.train", f'["{path}"]'), monkeypatch, capsys)
-    at = f"error: {path}" if says.startswith(",") else f"error: data file {path}"
-    assert line.startswith(at + says), line
-    assert not (place.folder / "run").exists()
-
-
-@pytest.mark.parametrize("module", ["train", "sft"])
-def test_held_out_rows_are_read_before_the_run(
-    module: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    path = place.data / "heldout.jsonl"
-    path.write_text(GOOD + '{"prompt": "a"}\n')
-    line = refused(module, place.words(module, "--evaluation.data", f'["{path}"]'), monkeypatch, capsys)
-    assert line == f"error: {path}, row 2: no key 'answer'; the row has ['prompt']"
-
-
-def test_other_input_that_cannot_be_used(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def line(*words: object) -> str:
-        return refused("train", place.words("train", *words), monkeypatch, capsys)
-
-    binary, table = place.data / "bad.jsonl", place.data / "bad.parquet"
-    binary.write_bytes(GOOD.encode() + b'{"prompt": "\xff"}\n')
-    assert line("--data.train", f'["{binary}"]') == f"error: {binary}, row 2: not UTF-8 (invalid start byte)"
-    table.write_text("not a table")
-    assert line("--data.train", f'["{table}"]').startswith(f"error: data file {table}: not a parquet file (")
-    again = f'["{place.data}/train.jsonl", "{place.data}/train.jsonl"]'
-    assert "share the stem 'train'; rename one" in line("--data.train", again)
-    assert "have more than max_prompt_tokens=2 tokens" in line("--data.max_prompt_tokens", 2)
-    settings = json.loads((place.model / "tokenizer_config.json").read_text())
-    settings["eos_token"] = None
-    (place.model / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert (
-        line() == f"error: model.path: the tokenizer of {place.model} has no eos_token, which ends a response"
-    )
-    shutil.copy(EXAMPLES / "README.md", place.model / "tokenizer.json")
-    assert line().startswith(f"error: model.path: {place.model}/tokenizer.json is not valid JSON")
-
-
-def test_a_tokenizer_without_a_template(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    (place.model / "chat_template.jinja").unlink()
-    line = refused("sft", place.words("sft"), monkeypatch, capsys)
-    assert line.startswith(
-        "error: apply_chat_template is true but the tokenizer has no chat template; give it"
-    )
-
-
-# --- under torchrun ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("train", "reward.name: 'hash_anser' is not one of exact_match, hash_answer, math_verify"),
-        ("sft", "{folder}/bad.jsonl, row 31: 'response' is a int, expected a string"),
-    ],
-)
-def test_entry_points_say_it_once(name: str, says: str, original: Place, launches: dict[str, Launch]) -> None:
-    """Rank 0 says it in one line; torchrun's own report ends with it; nobody shows a trace of ours."""
-    assert launches[name].wait(100) == 1  # torchrun's status; the rank's is in the report below
-    lines = launches[name].output.splitlines()
-    says = says.replace("{folder}", str(original.folder))
-    assert [line for line in lines if line.startswith("error:")] == [f"error: {says}"]
-    assert [line.split() for line in lines[-2:-1]] == [f"traceback : {says}".split()]
-    assert [line.split()[2] for line in lines if line.strip().startswith("exitcode")][-1] == "2"
-    own = f'File "{ROOT / "megatron_dgpo"}'
-    assert not [line for line in lines if own in line]
-    assert sum(line.startswith("Traceback") for line in lines) <= 1  # torchrun's
-    assert not (original.folder / "run").exists()

@@ -1,0 +1,186 @@
+"""What happens before a run starts: its settings, its input files and its folder, checked and loaded.
+
+Everything here ends the process with one line a problem and status 2 (see `cli.refusals`); nothing of
+it needs a process group or a model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import logging
+import os
+import tomllib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoTokenizer
+
+from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
+from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit
+from megatron_dgpo.data import load_prompts
+from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.mcore.layers import have_transformer_engine
+from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS, SUPPORTED, ModelShape
+from megatron_dgpo.mcore.policy import OWNED_DDP_FIELDS, OWNED_OPTIMIZER_FIELDS
+from megatron_dgpo.rewards import reward_names
+from megatron_dgpo.types import Prompt
+
+log = logging.getLogger(__name__)
+
+
+def parse(argv: Sequence[str], schema: type[C]) -> C:
+    """Config from the command line, with the checks that need Megatron or the run folder.
+
+    Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
+    """
+    checks = (_megatron_fields, _used_folder, _resumed_run, _model_family, _layer_spec, _reward)
+    return load_or_exit(argv, schema, extra_checks=checks)
+
+
+def _megatron_fields(config: AnyConfig) -> Iterator[str]:
+    for section, given, cls in (
+        ("model.transformer", config.model.transformer, TransformerConfig),
+        ("ddp", config.ddp, DistributedDataParallelConfig),
+        ("optimizer.megatron", config.optimizer.megatron, OptimizerConfig),
+    ):
+        yield from check_passthrough(section, given, dataclasses.fields(cls))
+    for section, given, owned in (
+        ("model.transformer", config.model.transformer, OWNED_TRANSFORMER_FIELDS),
+        ("optimizer.megatron", config.optimizer.megatron, OWNED_OPTIMIZER_FIELDS),
+        ("ddp", config.ddp, OWNED_DDP_FIELDS),
+    ):
+        for key in sorted(owned.keys() & given.keys()):
+            yield f"{section}.{key}: follows from {owned[key]} and cannot be set"
+
+
+def _used_folder(config: AnyConfig) -> Iterator[str]:
+    folder = config.run.folder
+    if files := [path for path in (folder, *folder.parents) if path.is_file()]:
+        yield f"run.folder: {folder} cannot be made, since {files[0]} is a file; choose another folder"
+    elif (folder / "metrics.jsonl").exists() and not config.run.resume:
+        yield (
+            f"run.folder: {folder} already holds a run (add --resume to go on with it, "
+            "or choose another folder)"
+        )
+
+
+_MAY_CHANGE = {"run", "parallel", "ddp", "checkpoint", "observe"}
+_MAY_CHANGE_KEYS = {
+    *("train.steps", "train.max_tokens_per_microbatch", "evaluation.every", "rollout.max_batch_size"),
+    *("reward.timeout_seconds", "reward.num_workers", "model.layer_spec", "model.transformer"),
+}
+
+
+def _resumed_run(config: AnyConfig) -> Iterator[str]:
+    """A resumed run is the same run: its data, model, algorithm and schedule may not change."""
+    old = config.run.folder / "config.toml"
+    if not config.run.resume or not old.is_file():
+        return
+    if not any((config.run.folder / "checkpoints").glob("step_*")):
+        return  # nothing is resumed
+    before, now = tomllib.loads(old.read_text(encoding="utf-8")), tomllib.loads(dump_toml(config))
+    if before["run"]["seed"] != config.run.seed:
+        yield f"run.seed: the run in {config.run.folder} has {before['run']['seed']}"
+    for section in sorted((before.keys() | now.keys()) - _MAY_CHANGE):
+        was, new = before.get(section, {}), now.get(section, {})
+        for key in sorted(was.keys() | new.keys()):
+            name = f"{section}.{key}"
+            if was.get(key) != new.get(key) and name not in _MAY_CHANGE_KEYS:
+                yield (
+                    f"{name}: the run in {config.run.folder} has {was.get(key)!r}, not {new.get(key)!r}; "
+                    "resume it with the same, or choose another folder"
+                )
+
+
+def _model_family(config: AnyConfig) -> Iterator[str]:
+    hf = read_json(config.model.path / "config.json")
+    if isinstance(hf, str) or (hf.get("model_type") in SUPPORTED and missing_number(hf)):
+        return  # megatron_dgpo.checks says so
+    try:
+        ModelShape.from_hf(hf)
+    except (ValueError, KeyError) as error:
+        yield f"model.path: {config.model.path}: {error}"
+
+
+def _layer_spec(config: AnyConfig) -> Iterator[str]:
+    if config.model.layer_spec == "transformer_engine" and not have_transformer_engine():
+        yield (
+            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
+            "'auto' and 'torch' do without"
+        )
+
+
+def _reward(config: AnyConfig) -> Iterator[str]:
+    if config.reward.name not in reward_names():
+        yield f"reward.name: {config.reward.name!r} is not one of {', '.join(reward_names())}"
+    elif config.reward.name == "math_verify" and importlib.util.find_spec("math_verify") is None:
+        yield "reward.name: 'math_verify' needs the package math-verify"
+
+
+# --- input files and folder -------------------------------------------------------------------------
+
+
+def load_tokenizer(config: AnyConfig) -> Any:
+    """The model folder's tokenizer. Raises ValueError where it cannot end a response."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"model.path: the tokenizer of {config.model.path} has no eos_token, which ends a response"
+        )
+    return tokenizer
+
+
+def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
+    """The evaluation's prompts, each problem once."""
+    if not config.evaluation.data:
+        return []
+    prompts = deduplicate(
+        load_prompts(
+            config.evaluation.data,
+            tokenizer,
+            prompt_key=config.evaluation.prompt_key,
+            answer_key=config.evaluation.answer_key,
+            apply_chat_template=config.data.apply_chat_template,
+            system_prompt=config.data.system_prompt,
+        )
+    )
+    prompts = prompts[: config.evaluation.max_problems or None]
+    limit = ModelShape.from_folder(config.model.path).max_positions
+    for prompt in prompts:
+        if (length := len(prompt.token_ids) + config.rollout.max_new_tokens) > limit:
+            raise ValueError(
+                f"evaluation.data, {prompt.id}: {len(prompt.token_ids)} tokens and rollout.max_new_tokens "
+                f"make {length}, and the model has {limit} positions"
+            )
+    return prompts
+
+
+def require_prompts(key: str, wanted: int, given: int) -> None:
+    """Raises ConfigError when the data have fewer rows than a step takes: none may occur twice in it."""
+    if wanted > given:
+        raise ConfigError([f"{key}: {wanted} is more than the {given} rows of data.train"])
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Lock a run's folder for this process, on the rank that writes it; held until the file is closed.
+
+    Raises:
+        ConfigError: another run holds it, such as one that has not ended yet.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError([f"run.folder: another run is writing to {folder}; wait until it ends"]) from None
+    except OSError as error:  # some network file systems have no locks
+        log.warning("%s is not locked against a second run: %s", folder, error)
+    return file
