@@ -270,7 +270,9 @@ def distributed(parallel: Any, *, seed: int) -> Iterator[Groups]:
     groups = start(parallel, seed)
     try:
         yield groups
-    except (Exception, KeyboardInterrupt) as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
         sys.stdout.flush()
         _end_children()
         trace = traceback.format_exc()

@@ -42,7 +42,7 @@ CHAT_TEMPLATE = (
 
 GUESS_RATE = 0.3  # before each step, the teacher gives up and states the answer
 BAD_FACT_SHARE = 0.5  # of the hundred products of two digits
-BAD_FACT_RATE = 0.55  # how often one of those is taught wrong
+BAD_FACT_RATE = 0.6  # how often one of those is taught wrong
 SLIP_RATE = {"*": 0.10, "+": 0.03, "-": 0.03}  # how often any other step goes wrong
 HELDOUT_SHARE = 0.1
 

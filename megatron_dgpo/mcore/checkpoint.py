@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,9 @@ _METADATA = {
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 _STATE_FILE = "run_state.json"
+_FILES_FILE = "files.json"
+"""Size and checksum of the others: torch loads changed numbers without a word."""
+_REMEDY = "remove this folder to go on from the checkpoint before it"
 _SAVE_LIMIT_SECONDS = 1800
 
 
@@ -67,11 +71,14 @@ class CheckpointStore:
         _barrier(groups)
 
     def list(self) -> list[Checkpoint]:
-        """Complete checkpoints, oldest first."""
+        """Complete checkpoints, oldest first. Raises ValueError naming a state file that is no JSON."""
         found = []
         for path in sorted(self.folder.glob("step_*")):
             if path.suffix != ".partial" and (path / _STATE_FILE).is_file():
-                state = json.loads((path / _STATE_FILE).read_text())
+                try:
+                    state = json.loads((path / _STATE_FILE).read_text())
+                except ValueError as error:
+                    raise ValueError(f"{path / _STATE_FILE} is damaged ({error}); {_REMEDY}") from error
                 found.append(Checkpoint(int(state["step"]), path, state))
         return found
 
@@ -99,7 +106,9 @@ class CheckpointStore:
                 content_metadata=_METADATA,
             )
         _barrier(self.groups)
+        files = _digests(partial, self.groups)
         if self.groups.rank == 0:
+            (partial / _FILES_FILE).write_text(json.dumps(files, indent=1))
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
             _flush_to_disk(partial)
             shutil.rmtree(final, ignore_errors=True)
@@ -148,6 +157,27 @@ def _barrier(groups: platform.Groups) -> None:
         dist.barrier(group=groups.world)
 
 
+def _digests(folder: Path, groups: platform.Groups) -> dict[str, str]:
+    """File name -> size and CRC-32, on every rank; each rank reads its share of the files."""
+    names = sorted(p.name for p in folder.iterdir() if p.name not in (_STATE_FILE, _FILES_FILE))
+    found: dict[str, str] = {}
+    for name in names[groups.rank :: groups.world_size]:
+        crc = size = 0
+        with (folder / name).open("rb") as file:
+            while chunk := file.read(1 << 24):
+                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+        found[name] = f"{size} {crc:08x}"
+    return {name: d for part in platform.gather_objects(found, groups.world) for name, d in part.items()}
+
+
+def _check_files(folder: Path, groups: platform.Groups) -> None:
+    listed = folder / _FILES_FILE
+    written = json.loads(listed.read_text()) if listed.is_file() else {_FILES_FILE: "is there"}
+    found = _digests(folder, groups)
+    if bad := sorted(n for n in written.keys() | found.keys() if written.get(n) != found.get(n)):
+        raise ValueError(f"{folder}: {bad[0]} is missing or not what was saved; {_REMEDY}")
+
+
 def _flush_to_disk(folder: Path) -> None:
     for path in [*folder.iterdir(), folder] if folder.suffix == ".partial" else [folder]:
         handle = os.open(path, os.O_RDONLY)
@@ -186,7 +216,11 @@ def _restore_rng(state: dict[str, Any]) -> None:
 
 
 def restore(policy: Policy, checkpoint: Checkpoint) -> None:
-    """Load weights, optimizer, schedule and generators; the split may differ from the saved one."""
+    """Load weights, optimizer, schedule and generators; the split may differ from the saved one.
+
+    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
+    """
+    _check_files(checkpoint.path, policy.groups)
     with platform.megatron_calls():
         _accept_missing_step(policy)
         wanted = _sharded_state(policy, loading=True)

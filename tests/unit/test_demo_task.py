@@ -115,11 +115,12 @@ def test_the_teacher_errs_as_often_as_it_should(make_data):
         ending = f"guess #{problem.answer}" if guessed else f"#{value}"
         assert STEP.sub("", trace) == ending
         assert guessed or len(steps) == len(problem.steps)
-    rates = {"bad": 0.55, "*": 0.10, "+": 0.03, "-": 0.03}
+    rates = {"bad": make_data.BAD_FACT_RATE, **make_data.SLIP_RATE}
     for kind, rate in rates.items():  # within four standard errors
         error = (rate * (1 - rate) / seen[kind]) ** 0.5
         assert wrong[kind] / seen[kind] == pytest.approx(rate, abs=4 * error)
-    assert guesses / chances == pytest.approx(0.3, abs=4 * (0.3 * 0.7 / chances) ** 0.5)
+    rate = make_data.GUESS_RATE
+    assert guesses / chances == pytest.approx(rate, abs=4 * (rate * (1 - rate) / chances) ** 0.5)
 
 
 def test_worked_answers_have_about_fifty_tokens(make_data):

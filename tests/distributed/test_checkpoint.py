@@ -1,0 +1,285 @@
+"""Checkpoints: exact continuation, other splits, what is kept, and what is never loaded."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_ranks
+from tiny import SPLITS, config, sequences, split, write_model
+
+from megatron_dgpo.config import OptimizerConfig
+
+OPTIMIZER = OptimizerConfig(
+    lr=1e-2, min_lr=1e-4, warmup_steps=2, decay_style="cosine", clip_grad=0.5, adam_eps=1e-3
+)
+"""Every step has another learning rate. With this eps a difference of d between two gradients moves a
+weight by at most lr d / eps = 10 d, so that resharded runs can be compared (d is about 1e-8)."""
+SAVED = {  # name -> split, tied, dtype
+    "TP=2": ("TP=2", False, "float32"),
+    "PP=2 tied": ("PP=2", True, "float32"),
+    "TP=2 SP tied bf16": ("TP=2 SP", True, "bfloat16"),
+}
+RESHARDED = [
+    ("TP=2", "PP=2"),
+    ("TP=2", "DP=2"),
+    ("TP=2", "TP=1"),
+    ("PP=2 tied", "TP=2"),
+    ("PP=2 tied", "TP=1"),
+]
+BEFORE, AFTER = 3, 3
+"""Updates before and after the checkpoint."""
+
+
+def build(folder, name, tied, dtype):
+    from megatron_dgpo.run import build_policy
+
+    c = config(folder / f"tied{tied}", dtype=dtype, optimizer=OPTIMIZER, **SPLITS.get(name, {}))
+    return c, lambda groups: build_policy(c, groups, total_updates=8, keep_reference=True)
+
+
+def train(policy, updates):
+    """[(loss, gradient norm, learning rate)] of further updates on one batch."""
+    from megatron_dgpo.data import PackItem, pack
+    from megatron_dgpo.learner import supervised_loss
+    from megatron_dgpo.sft import global_sum
+
+    batches = pack([PackItem(*pair) for pair in sequences()], max_tokens=60, min_batches=2)
+    for batch in batches:
+        batch.coefficients_T = batch.loss_mask_T.float() / 50
+    dp = policy.groups.dp
+    rows = []
+    for _ in range(updates):
+        result = policy.update(batches[dp.rank() :: dp.size()], supervised_loss(policy))
+        loss = global_sum(sum(float(x) for x in result.metrics), policy.groups)
+        rows.append((loss, result.grad_norm, result.learning_rate))
+    return rows
+
+
+def exported(policy):
+    from megatron_dgpo.weights.export import export_stream
+
+    return {name: tensor.clone() for name, tensor in export_stream(policy.model, policy.groups)}
+
+
+def continued(policy):
+    return {"at": exported(policy), "rows": train(policy, AFTER), "after": exported(policy)}
+
+
+def save_and_restore(folder, saved):
+    """A run that goes on, and one that starts from its checkpoint at the same split."""
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+    from megatron_dgpo.weights.convert import load_hf
+
+    name, tied, dtype = SAVED[saved]
+    c, make = build(folder, name, tied, dtype)
+    with split(c) as groups:
+        policy = make(groups)
+        start = exported(policy)
+        store = CheckpointStore(folder / saved, groups)
+        first = train(policy, BEFORE)
+        store.save(policy, {"step": BEFORE, "world_size": groups.world_size})
+        out = {"first": first, "went on": continued(policy)}
+        resumed = make(groups)
+        restore(resumed, store.latest())
+        with resumed.reference_weights():
+            now = exported(resumed)
+        out["reference kept"] = all(torch.equal(now[n], start[n]) for n in start)
+        out["restored"] = continued(resumed)
+        if dtype == "float32":  # the weights alone, to show that the rest matters
+            bare = make(groups)
+            weights = out["went on"]["at"]
+            load_hf(bare.model, groups, list(weights), weights.__getitem__)
+            out["bare"] = continued(bare)
+    return out
+
+
+def load_elsewhere(folder, saved, name):
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+
+    _, tied, dtype = SAVED[saved]
+    c, make = build(folder, name, tied, dtype)
+    with split(c) as groups:
+        policy = make(groups)
+        restore(policy, CheckpointStore(folder / saved, groups).latest())
+        return continued(policy)
+
+
+def two_ranks(rank, world_size, folder):
+    results = {saved: save_and_restore(folder, saved) for saved in SAVED}
+    for saved, name in RESHARDED:
+        if name != "TP=1":
+            results[saved, name] = load_elsewhere(folder, saved, name)
+    return results
+
+
+def one_rank(rank, world_size, folder):
+    results = {pair: load_elsewhere(folder, *pair) for pair in RESHARDED if pair[1] == "TP=1"}
+    c, make = build(folder, "TP=1", True, "float32")
+    with split(c) as groups:
+        policy = make(groups)
+        results["kept"] = what_is_kept(folder / "kept", policy, groups)
+        results["damaged"] = {how: damaged(folder / how, policy, groups, how) for how in DAMAGE}
+    return results
+
+
+def what_is_kept(folder, policy, groups):
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore
+
+    store = CheckpointStore(folder, groups, keep_last=2, keep_best=True)
+    out = {"after save": []}
+    for step, score in enumerate((0.1, 0.9, 0.2, None, 0.3), start=1):
+        store.save(policy, {"step": step, "world_size": 1, "score": score})
+        out["after save"].append([c.step for c in store.list()])
+    out["best"] = store.best().step
+    try:
+        store.save(
+            policy, {"step": 6, "world_size": 1, "score": object()}
+        )  # no JSON: fails after the weights
+    except TypeError:
+        out["after failure"] = [c.step for c in store.list()]
+    out["leftover"] = sorted(p.name for p in folder.iterdir() if p.name not in step_names(store))
+    unfinished = folder / "step_00000099"
+    shutil.copytree(store.latest().path, unfinished)
+    (unfinished / "run_state.json").unlink()
+    out["with an unmarked folder"] = [c.step for c in store.list()], store.latest().step
+    again = CheckpointStore(folder, groups, keep_last=2, keep_best=True)
+    out["reopened"] = [c.step for c in again.list()]
+    out["leftover when reopened"] = [p.name for p in folder.glob("*.partial")]
+    return out
+
+
+def step_names(store):
+    return {c.path.name for c in store.list()}
+
+
+def biggest(folder):
+    return max(folder.glob("*.distcp"), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    data = biggest(folder).read_bytes()
+    biggest(folder).write_bytes(data[: len(data) // 2])
+
+
+def flip(folder):
+    """Some bytes in the middle of the numbers."""
+    path = biggest(folder)
+    data = bytearray(path.read_bytes())
+    for i in range(len(data) // 2, len(data) // 2 + 16):
+        data[i] ^= 0x5A
+    path.write_bytes(bytes(data))
+
+
+def scramble_marker(folder):
+    (folder / "run_state.json").write_text('{"step": 2, "wor')
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "flipped": flip,
+    "file missing": lambda folder: biggest(folder).unlink(),
+    "metadata missing": lambda folder: (folder / ".metadata").unlink(),
+    "marker scrambled": scramble_marker,
+}
+
+
+def damaged(folder, policy, groups, how):
+    """What a resumed run makes of a newest checkpoint that is not what was written."""
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+
+    store = CheckpointStore(folder, groups)
+    for step in (1, 2):
+        store.save(policy, {"step": step, "world_size": 1})
+    DAMAGE[how](folder / "step_00000002")
+    before = exported(policy)
+    try:
+        restore(policy, store.latest())
+        error = "nothing was raised"
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    untouched = same(exported(policy), before)
+    shutil.rmtree(folder / "step_00000002")  # as the message says
+    restore(policy, store.latest())
+    return error, untouched, store.latest().step
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    for tied in (True, False):
+        write_model(folder / f"tied{tied}", tied=tied)
+    ranks = run_ranks(two_ranks, 2, folder, timeout=300)
+    alone = run_ranks(one_rank, 1, folder, timeout=300)
+    return {key: [rank[key] for rank in world] for world in (ranks, alone) for key in world[0]}
+
+
+def same(a, b):
+    return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def largest_difference(a, b):
+    assert set(a) == set(b)
+    return max(float((a[n].float() - b[n].float()).abs().max()) for n in a)
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_a_restored_run_continues_bit_for_bit(results, saved):
+    for result in results[saved]:
+        went_on, restored = result["went on"], result["restored"]
+        assert same(restored["at"], went_on["at"])
+        assert restored["rows"] == went_on["rows"]
+        assert same(restored["after"], went_on["after"])
+        assert result["reference kept"]
+        rates = [row[2] for row in result["first"] + restored["rows"]]
+        assert len(set(rates)) == BEFORE + AFTER, "the schedule starts where it was"
+        assert went_on["rows"][-1][0] < 0.95 * result["first"][0][0], "the run learns"
+
+
+@pytest.mark.parametrize("saved", [s for s in SAVED if SAVED[s][2] == "float32"])
+def test_weights_alone_continue_otherwise(results, saved):
+    """So the comparisons above and below would notice a lost optimizer or schedule."""
+    for result in results[saved]:
+        assert same(result["bare"]["at"], result["went on"]["at"])
+        assert largest_difference(result["bare"]["after"], result["went on"]["after"]) > 1e-3
+
+
+@pytest.mark.parametrize(("saved", "name"), RESHARDED)
+def test_another_split_continues_the_run(results, saved, name):
+    want = results[saved][0]["went on"]
+    for got in results[saved, name]:
+        assert same(got["at"], want["at"]), "the weights have changed on the way"
+        for row, expected in zip(got["rows"], want["rows"], strict=True):
+            assert row[:2] == pytest.approx(expected[:2], rel=1e-6)
+            assert row[2] == expected[2]
+        assert largest_difference(got["after"], want["after"]) < 1e-6
+
+
+def test_the_newest_and_the_best_are_kept(results):
+    (kept,) = results["kept"]
+    assert kept["after save"] == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5]]
+    assert kept["best"] == 2
+
+
+def test_a_failed_save_removes_nothing(results):
+    (kept,) = results["kept"]
+    assert kept["after failure"] == [2, 4, 5]
+    assert kept["leftover"] == ["step_00000006.partial"]
+    assert kept["reopened"] == [2, 4, 5] and kept["leftover when reopened"] == []
+
+
+def test_a_folder_without_its_marker_is_no_checkpoint(results):
+    (kept,) = results["kept"]
+    assert kept["with an unmarked folder"] == ([2, 4, 5], 5)
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_newest_checkpoint_is_refused_by_name(results, how):
+    (damaged,) = results["damaged"]
+    error, untouched, step_after_removal = damaged[how]
+    file = {"metadata missing": ".metadata", "marker scrambled": "run_state.json"}.get(how, ".distcp")
+    assert error.startswith("ValueError: ") and file in error and "step_00000002" in error
+    assert "remove this folder" in error and "\n" not in error
+    assert untouched and step_after_removal == 1

@@ -1,0 +1,400 @@
+"""One batch at every split: loss, gradient, credit and weights after the step, against plain torch.
+
+The reference here is transformers' model and the formulas of arXiv 2605.03327, written out sample by
+sample in float64 behind float32 logits; it uses nothing of the product's algorithms or ops.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import run_ranks
+from tiny import (
+    SPLITS,
+    VOCAB,
+    config,
+    hf_model,
+    hf_tensors,
+    scored_groups,
+    sequences,
+    split,
+    write_model,
+    write_perturbed,
+)
+
+from megatron_dgpo.config import DGPOConfig, GRPOConfig, OptimizerConfig, SFTConfig
+
+TEMPERATURE, TAU, KAPPA, CLIP_LOW, CLIP_HIGH = 0.8, 0.03, 0.5, 0.2, 0.28
+EPS = 1e-6
+CASES = {
+    "tied": {"tied": True, "timing": "rollout", "aggregation": "sequence_mean"},
+    "untied": {"tied": False, "timing": "rollout", "aggregation": "sequence_mean"},
+    "at update": {"tied": False, "timing": "update", "aggregation": "token_mean"},
+}
+WORLD_1 = {"TP=1": ({}, 4096), "TP=1, micro-batches": ({}, 30)}
+WORLD_2 = {
+    "DP=2": (SPLITS["DP=2"], 30),
+    "TP=2": (SPLITS["TP=2"], 4096),
+    "TP=2 SP": (SPLITS["TP=2 SP"], 30),
+    "PP=2": (SPLITS["PP=2"], 30),
+}
+"""Name -> split and tokens of a micro-batch."""
+NAMES = [*WORLD_1, *WORLD_2]
+LINEAR = OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0)
+"""Adam's first step moves a weight by lr g / (|g| + eps) (bias correction undoes both averages). With
+lr = eps = 1 that is nearly g itself, so the weights after the step tell every gradient; with the usual
+eps it would tell little more than its sign."""
+
+
+def dgpo(case):
+    return DGPOConfig(
+        tau=TAU,
+        kappa=KAPPA,
+        clip_low=CLIP_LOW,
+        clip_high=CLIP_HIGH,
+        advantage_eps=EPS,
+        credit_timing=case["timing"],
+        aggregation=case["aggregation"],
+    )
+
+
+def my_minibatches(learner, groups):
+    """This replica's share of the samples, packed."""
+    from megatron_dgpo.rollout.collect import minibatch_shares
+
+    everything = scored_groups()
+    (share,) = minibatch_shares(range(len(everything)), len(everything), groups.dp.rank(), groups.dp.size())
+    mine = [everything[i] for i in share]
+    learner.algorithm.assign_advantages(mine)
+    return learner.pack([learner.algorithm.select(mine)])
+
+
+def build(c, groups):
+    from megatron_dgpo.algorithms import build_algorithm
+    from megatron_dgpo.learner import Learner
+    from megatron_dgpo.run import build_policy
+
+    algorithm = build_algorithm(c.algorithm, vocab_size=VOCAB)
+    policy = build_policy(c, groups, total_updates=4, keep_reference=algorithm.needs_reference)
+    return policy, Learner(
+        policy,
+        algorithm,
+        temperature=c.rollout.temperature,
+        max_tokens=c.train.max_tokens_per_microbatch,
+    )
+
+
+def exported(policy):
+    from megatron_dgpo.weights.export import export_stream
+
+    return {name: tensor.clone() for name, tensor in export_stream(policy.model, policy.groups)}
+
+
+def credit(minibatch, groups):
+    """(prompt, sample) -> token weights, where they are."""
+    from megatron_dgpo.data.packing import unpack
+
+    if not groups.is_last_stage or "credit_weights" not in minibatch.batches[0].features:
+        return {}
+    values = [b.features["credit_weights"] for b in minibatch.batches]
+    rows = unpack(minibatch.batches, values, len(minibatch.samples))
+    return {(s.prompt.id, s.index): w.clone() for s, w in zip(minibatch.samples, rows, strict=True)}
+
+
+def off_policy_update(folder, case, kwargs, max_tokens):
+    """One update with a reference, an old and a current policy that all differ."""
+    from megatron_dgpo.run import merge_over_ranks
+    from megatron_dgpo.weights.convert import folder_source, load_hf
+
+    kind = "tied" if case["tied"] else "untied"
+    c = config(
+        folder / f"{kind}_reference",
+        max_tokens=max_tokens,
+        optimizer=LINEAR,
+        algorithm=dgpo(case),
+        temperature=TEMPERATURE,
+        **kwargs,
+    )
+    with split(c) as groups:
+        policy, learner = build(c, groups)
+        load_hf(policy.model, groups, *folder_source(folder / f"{kind}_old"))
+        (minibatch,) = my_minibatches(learner, groups)
+        sums = learner.prepare([minibatch])
+        load_hf(policy.model, groups, *folder_source(folder / f"{kind}_current"))
+        sums.merge(learner.update(minibatch, save_bad_batch_to=folder))
+        return {
+            "metrics": merge_over_ranks(sums, groups),
+            "weights": exported(policy),
+            "credit": credit(minibatch, groups),
+            "microbatches": len(minibatch.batches),
+        }
+
+
+def on_policy_updates(folder, algorithm, kwargs, max_tokens):
+    """Metrics and weights of two rollout batches, the first of which has policy = reference."""
+    from megatron_dgpo.run import merge_over_ranks
+
+    usual = OptimizerConfig(lr=1e-2)
+    c = config(
+        folder / "untied_reference", max_tokens=max_tokens, optimizer=usual, algorithm=algorithm, **kwargs
+    )
+    out = []
+    with split(c) as groups:
+        policy, learner = build(c, groups)
+        for _ in range(2):
+            (minibatch,) = my_minibatches(learner, groups)
+            learner.prepare([minibatch])
+            sums = learner.update(minibatch, save_bad_batch_to=folder)
+            metrics = merge_over_ranks(sums, groups)
+            out.append((metrics, exported(policy), credit(minibatch, groups)))
+    return out
+
+
+def supervised_update(folder, kwargs, max_tokens):
+    from megatron_dgpo.data.supervised import SupervisedExample
+    from megatron_dgpo.learner import supervised_loss
+    from megatron_dgpo.run import build_policy
+    from megatron_dgpo.sft import batch_of_step, global_sum
+
+    model = folder / "tied_reference"
+    c = config(model, optimizer=LINEAR, **kwargs)
+    sft = SFTConfig.model_validate(
+        {
+            "model": {"path": model},
+            "data": {"train": (model,)},
+            "train": {"steps": 1, "batch_size": 9, "max_tokens_per_microbatch": max_tokens},
+            "optimizer": {"lr": 1.0},
+        }
+    )
+    with split(c) as groups:
+        policy = build_policy(c, groups, total_updates=1, keep_reference=False)
+        examples = [SupervisedExample(*pair) for pair in sequences()]
+        batches = batch_of_step(examples, sft, groups)
+        result = policy.update(batches, supervised_loss(policy))
+        loss = global_sum(sum(float(x) for x in result.metrics), groups)
+        return {
+            "metrics": {"loss": loss, "grad_norm": result.grad_norm},
+            "weights": exported(policy),
+        }
+
+
+def work(rank, world_size, folder):
+    results = {}
+    for name, how in (WORLD_1 if world_size == 1 else WORLD_2).items():
+        for case, options in CASES.items():
+            results[name, case] = off_policy_update(folder, options, *how)
+        results[name, "sft"] = supervised_update(folder, *how)
+        for algorithm in (DGPOConfig(tau=0.01), GRPOConfig()):
+            results[name, algorithm.name] = on_policy_updates(folder, algorithm, *how)
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("splits")
+    for kind in ("tied", "untied"):
+        write_model(path / f"{kind}_reference", tied=kind == "tied")
+        write_perturbed(path / f"{kind}_reference", path / f"{kind}_old", seed=2, scale=0.05)
+        write_perturbed(path / f"{kind}_old", path / f"{kind}_current", seed=3, scale=0.03)
+    return path
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """(name, what) -> one result a rank."""
+    ranks = [run_ranks(work, world, folder, timeout=300) for world in (1, 2)]
+    return {key: [rank[key] for rank in world] for world in ranks for key in world[0]}
+
+
+# --- the reference ------------------------------------------------------------------------------------
+
+
+def response_logits(model, prompt, response):
+    """(r, VOCAB) float64, over the temperature."""
+    z = model(torch.tensor([[*prompt, *response][:-1]])).logits[0]
+    return z[len(prompt) - 1 :].double() / TEMPERATURE
+
+
+def paper_advantages(group):
+    """Eq. 1 over the samples whose reward is known."""
+    known = [s for s in group.samples if s.reward is not None]
+    rewards = [s.reward for s in known]
+    mean, sd = statistics.fmean(rewards), statistics.pstdev(rewards)
+    return [(s, (s.reward - mean) / (sd + EPS)) for s in known]
+
+
+def paper_credit(z, z_reference):
+    """(weights, distance) of a response: Eq. 2, section 4.3 and Eq. 6."""
+    p, q = z.detach().softmax(-1), z_reference.softmax(-1)
+    distance = 1 - (p * q).sqrt().sum(-1)
+    entropy = -(p * p.log()).sum(-1) / math.log(VOCAB)
+    scores = distance * entropy**KAPPA
+    return len(scores) * (scores / TAU).softmax(0), distance
+
+
+def answer(loss, model, **more):
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    return {"loss": float(loss.detach()), "grad_norm": norm, "grads": grads, **more}
+
+
+@pytest.fixture(scope="module")
+def paper(folder):
+    return {case: paper_update(folder, **options) for case, options in CASES.items()}
+
+
+def paper_update(folder, tied, timing, aggregation):
+    """Loss (Eq. 7), gradient and token weights of the whole batch."""
+    kind = "tied" if tied else "untied"
+    reference, old, current = (hf_model(folder / f"{kind}_{x}") for x in ("reference", "old", "current"))
+    samples = [pair for group in scored_groups() for pair in paper_advantages(group)]
+    num_tokens = sum(len(s.token_ids) for s, _ in samples)
+    loss, credit, clipped, gaps, distances = 0.0, {}, [], [], []
+    for sample, advantage in samples:
+        response = torch.tensor(sample.token_ids)[:, None]
+        ids = sample.prompt.token_ids, sample.token_ids
+        z = response_logits(current, *ids)
+        with torch.no_grad():
+            z_old, z_reference = response_logits(old, *ids), response_logits(reference, *ids)
+        old_log_probs = z_old.log_softmax(-1).gather(1, response)[:, 0]
+        rho = (z.log_softmax(-1).gather(1, response)[:, 0] - old_log_probs).exp()
+        weights, distance = paper_credit(z_old if timing == "rollout" else z, z_reference)
+        bounded = rho.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
+        objective = torch.minimum(rho * advantage * weights, bounded * advantage * weights)
+        if aggregation == "sequence_mean":
+            loss = loss - objective.mean() / len(samples)
+        else:
+            loss = loss - objective.sum() / num_tokens
+        credit[sample.prompt.id, sample.index] = weights
+        clipped.append((objective != rho * advantage * weights).double())
+        gaps.append((old_log_probs - torch.tensor(sample.log_probs)).abs())
+        distances.append(distance)
+    means = {
+        "clip_fraction": torch.cat(clipped).mean(),
+        "log_prob_gap": torch.cat(gaps).mean(),
+        "hellinger": torch.cat(distances).mean(),
+    }
+    return answer(loss, current, credit=credit, means={k: float(v) for k, v in means.items()})
+
+
+@pytest.fixture(scope="module")
+def cross_entropy(folder):
+    """Mean over all answer tokens."""
+    model = hf_model(folder / "tied_reference")
+    total, count = 0.0, 0
+    for prompt, answer_ids in sequences():
+        z = model(torch.tensor([[*prompt, *answer_ids][:-1]])).logits[0][len(prompt) - 1 :]
+        total = total - z.double().log_softmax(-1).gather(1, torch.tensor(answer_ids)[:, None]).sum()
+        count += len(answer_ids)
+    return answer(total / count, model)
+
+
+# --- comparisons --------------------------------------------------------------------------------------
+
+
+def gradients(before, after):
+    """From LINEAR's step: u = g / (|g| + 1), so g = u / (1 - |u|)."""
+    moved = {name: before[name].double() - after[name].double() for name in after}
+    return {name: u / (1 - u.abs()) for name, u in moved.items()}
+
+
+def check_gradients(got, want, before):
+    """Element by element. The weight after the step is rounded to half a unit in the last place of the
+    sum, at most 2^-24 |weight| (doubled for the step's own rounding, and by 1 / (1 - |u|)^2 for its
+    inverse); the gradient itself is a float32 sum whose error is bounded by its largest terms, and is
+    allowed the relative 1e-5 of the tensor's largest gradient that the norm is allowed."""
+    assert set(got) == set(want)
+    for name, g in want.items():
+        rounding = 2.0**-23 * (before[name].abs().double() + g.abs()) * (1 + g.abs().double()) ** 2
+        slack = rounding + 1e-5 * float(g.abs().max())
+        worst = float(((got[name] - g.double()).abs() / slack).max())
+        assert worst <= 1, f"{name}: {worst:.2f} times the bound"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_case_is_not_a_special_one(paper, case):
+    p = paper[case]
+    assert 0.1 < p["means"]["clip_fraction"] < 0.6
+    weights = torch.cat(list(p["credit"].values()))
+    assert weights.min() < 0.7 and weights.max() > 1.5
+    assert abs(p["loss"]) > 0.01 and p["grad_norm"] > 0.1
+    assert all(float(g.abs().max()) > 1e-4 for g in p["grads"].values())
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES)
+def test_update_is_that_of_the_paper(results, paper, folder, name, case):
+    want = paper[case]
+    kind = "tied" if CASES[case]["tied"] else "untied"
+    before = hf_tensors(folder / f"{kind}_current")
+    for result in results[name, case]:
+        metrics = result["metrics"]
+        assert metrics["loss"] == pytest.approx(want["loss"], rel=1e-5)
+        assert metrics["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-5)
+        for key, value in want["means"].items():
+            # The distance of float32 logits is off by the square root's slope at most; means of size 0.01.
+            assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+        check_gradients(gradients(before, result["weights"]), want["grads"], before)
+    if "micro-batches" in name or name == "DP=2":
+        assert all(r["microbatches"] > 1 for r in results[name, case])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c]["timing"] == "rollout"])
+@pytest.mark.parametrize("name", NAMES)
+def test_credit_is_that_of_the_paper(results, paper, name, case):
+    want = paper[case]["credit"]
+    found = {}
+    for result in results[name, case]:
+        found |= result["credit"]
+    assert set(found) == set(want)
+    for key, weights in want.items():
+        # ln w moves by ds / tau; ds is some units in the last place of logits of size 10.
+        assert torch.allclose(found[key].double(), weights, rtol=1e-4, atol=0), key
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_splits_agree_with_each_other(results, folder, name, case):
+    """Against TP=1 with one micro-batch: tighter than two differences from the paper would give."""
+    kind = "tied" if CASES[case]["tied"] else "untied"
+    before = hf_tensors(folder / f"{kind}_current")
+    (one,) = results["TP=1", case]
+    want = gradients(before, one["weights"])
+    found = {}
+    for result in results[name, case]:
+        for key in ("loss", "grad_norm", "ratio_mean", "entropy"):
+            assert result["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
+        assert result["metrics"]["clip_fraction"] == one["metrics"]["clip_fraction"]
+        check_gradients(gradients(before, result["weights"]), want, before)
+        found |= result["credit"]
+    assert set(found) == set(one["credit"])
+    assert all(torch.allclose(found[k], w, rtol=1e-5, atol=0) for k, w in one["credit"].items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_supervised_update(results, cross_entropy, folder, name):
+    before = hf_tensors(folder / "tied_reference")
+    for result in results[name, "sft"]:
+        assert result["metrics"]["loss"] == pytest.approx(cross_entropy["loss"], rel=1e-5)
+        assert result["metrics"]["grad_norm"] == pytest.approx(cross_entropy["grad_norm"], rel=1e-5)
+        check_gradients(gradients(before, result["weights"]), cross_entropy["grads"], before)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_first_dgpo_update_is_grpo(results, name):
+    """With policy = reference every distance is exactly 0 and every weight exactly 1."""
+    for ours, theirs in zip(results[name, "dgpo"], results[name, "grpo"], strict=True):
+        (first, weights, credit), (later, _, later_credit) = ours
+        (grpo_first, grpo_weights, _), (grpo_later, _, _) = theirs
+        assert all(torch.equal(w, torch.ones_like(w)) for w in credit.values())
+        assert first["hellinger"] == 0.0
+        assert (first["loss"], first["grad_norm"]) == (grpo_first["loss"], grpo_first["grad_norm"])
+        assert all(torch.equal(weights[n], grpo_weights[n]) for n in grpo_weights)
+        # The second update is another one: the first was not equal for want of any effect.
+        assert later["grad_norm"] != pytest.approx(grpo_later["grad_norm"], rel=1e-3)
+        assert not later_credit or any(float((w - 1).abs().max()) > 0.1 for w in later_credit.values())

@@ -1,0 +1,172 @@
+"""Tiny Qwen2 folders, configs and batches for tests that train, and several splits in one process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RunConfig,
+    TrainConfig,
+)
+from megatron_dgpo.types import Group, Prompt, Sample
+
+VOCAB = 45
+"""Divides by neither 2 nor 4: the last rank's shard ends in padding."""
+
+
+def write_model(folder: Path, *, tied: bool, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+    """A Qwen2 folder with transformers' random weights; biases and norms, which it would start at 0 and
+    1, are random too, so that a swap of any two tensors shows."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        initializer_range=0.15,
+        tie_word_embeddings=tied,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Qwen2ForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def write_perturbed(source: Path, target: Path, *, seed: int, scale: float) -> Path:
+    """A copy of a folder whose weights have moved by Gaussian noise."""
+    model = hf_model(source)
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += scale * torch.randn(parameter.shape, generator=g)
+    model.save_pretrained(target)
+    return target
+
+
+def hf_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", attn_implementation="eager").eval()
+
+
+def config(
+    model: Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    sp: bool = False,
+    max_tokens: int = 4096,
+    dtype: str = "float32",
+    optimizer: OptimizerConfig | None = None,
+    algorithm: Any = None,
+    temperature: float = 1.0,
+) -> Config:
+    """A run on a tiny model; what it does not name is the default."""
+    more = {} if algorithm is None else {"algorithm": algorithm}
+    return Config(
+        run=RunConfig(folder=model / "run"),
+        model=ModelConfig(path=model, params_dtype=dtype),  # type: ignore[arg-type]
+        parallel=ParallelConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            sequence_parallel=sp,
+            timeout_seconds=60,
+        ),
+        data=DataConfig(train=(model / "unused",)),
+        reward=RewardConfig(name="exact_match"),
+        rollout={"temperature": temperature},  # type: ignore[arg-type]
+        train=TrainConfig(
+            steps=1,
+            prompts_per_step=4,
+            samples_per_prompt=3,
+            prompts_per_minibatch=4,
+            max_tokens_per_microbatch=max_tokens,
+        ),
+        optimizer=optimizer or OptimizerConfig(lr=1e-2),
+        **more,
+    )
+
+
+SPLITS: dict[str, dict[str, Any]] = {
+    "DP=2": {},
+    "TP=2": {"tp": 2},
+    "TP=2 SP": {"tp": 2, "sp": True},
+    "PP=2": {"pp": 2},
+}
+"""Of two ranks."""
+
+
+@contextmanager
+def split(c: Any) -> Iterator[platform.Groups]:
+    """Groups of a config's split over the ranks that are there; may be entered again and again."""
+    from megatron.core import parallel_state
+
+    groups = platform.start(c.parallel, seed=1)
+    try:
+        yield groups
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def sequences(seed: int = 5, count: int = 9) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(prompt ids, response ids) of different lengths, from one token each."""
+    g = random.Random(seed)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(g.randrange(VOCAB) for _ in range(n))
+
+    return [(ids(1), ids(1))] + [(ids(g.randint(2, 9)), ids(g.randint(1, 14))) for _ in range(count - 1)]
+
+
+def scored_groups(seed: int = 7, prompts: int = 4, n: int = 3) -> list[Group]:
+    """Groups of samples with rewards; one reward failed, and no advantage is set yet."""
+    g = random.Random(seed)
+    groups = []
+    for p, (prompt_ids, _) in enumerate(sequences(seed, prompts)):
+        prompt = Prompt(f"p{p}", prompt_ids, "", "")
+        samples = []
+        for i in range(n):
+            ids = [g.randrange(VOCAB) for _ in range(1 if p == i == 0 else g.randint(2, 16))]
+            log_probs = [-g.uniform(1.0, 5.0) for _ in ids]
+            samples.append(Sample(prompt, i, ids, log_probs, "stop", 0, reward=g.choice((0.0, 0.3, 1.0))))
+        samples[0].reward, samples[1].reward = 1.0, 0.0  # no group is all alike
+        groups.append(Group(prompt, samples))
+    groups[1].samples[2].reward = None
+    return groups
+
+
+def hf_tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of a folder's safetensors, read without the product."""
+    from safetensors.torch import load_file
+
+    out: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        part = load_file(file)
+        assert not set(part) & set(out), f"{folder}: a tensor is in two files"
+        out |= part
+    return out
