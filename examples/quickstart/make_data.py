@@ -40,9 +40,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<answer>' }}{% endif %}"
 )
 
-GUESS_RATE = 0.3  # before each step, the teacher gives up and states the answer
+GUESS_RATE = 0.3  # before each step, the teacher gives up and states an answer
+GUESS_RIGHT_RATE = 0.6  # which is then right; otherwise it is any digit
 BAD_FACT_SHARE = 0.5  # of the hundred products of two digits
-BAD_FACT_RATE = 0.6  # how often one of those is taught wrong
+BAD_FACT_RATE = 0.55  # how often one of those is taught wrong
 SLIP_RATE = {"*": 0.10, "+": 0.03, "-": 0.03}  # how often any other step goes wrong
 HELDOUT_SHARE = 0.1
 
@@ -121,7 +122,8 @@ class Teacher:
         text, value = "", problem.start
         for step in problem.steps:
             if self._rng.random() < GUESS_RATE:
-                return f"{text}{GUESS}#{problem.answer}"
+                knows = self._rng.random() < GUESS_RIGHT_RATE
+                return f"{text}{GUESS}#{problem.answer if knows else self._rng.randrange(10)}"
             result = self._compute(step.op, value, step.digit)
             text += worked_step(self._rng.choice(CONNECTORS), step, value, result)
             value = result

@@ -217,6 +217,7 @@ def test_two_steps_on_real_text(tmp_path: Path) -> None:
     make_data(smoke / "prepare.py", "--data", data, "--out", tmp_path)
     words = (smoke / "dgpo.toml", "--run.folder", tmp_path / "run", "--model.path", tmp_path / "model")
     words += ("--data.train", json.dumps([str(tmp_path / "train.jsonl")]))
+    words += ("--evaluation.data", json.dumps([str(tmp_path / "heldout.jsonl")]))
     Launch("megatron_dgpo.train", 2, words, tmp_path / "log").succeed()
     rows = read_metrics(tmp_path / "run", "train")
     assert [row["step"] for row in rows] == [1, 2]

@@ -92,7 +92,7 @@ def test_the_teacher_errs_as_often_as_it_should(make_data):
     teacher = make_data.Teacher(random.Random(0))
     assert len(teacher.bad_facts) == 100 * make_data.BAD_FACT_SHARE
     assert all(wrong != a * b % 10 for (a, b), wrong in teacher.bad_facts.items())
-    guesses = chances = 0
+    guesses = chances = right_guesses = 0
     wrong: Counter[str] = Counter()
     seen: Counter[str] = Counter()
     for problem in islice(make_data.problems(random.Random(1), heldout=False), 8000):
@@ -112,8 +112,12 @@ def test_the_teacher_errs_as_often_as_it_should(make_data):
             value = int(result)
         chances += len(steps) + guessed
         guesses += guessed
-        ending = f"guess #{problem.answer}" if guessed else f"#{value}"
-        assert STEP.sub("", trace) == ending
+        ending = STEP.sub("", trace)
+        if guessed:
+            assert ending[:-1] == "guess #" and ending[-1].isdigit()
+            right_guesses += ending[-1] == str(problem.answer)
+        else:
+            assert ending == f"#{value}"
         assert guessed or len(steps) == len(problem.steps)
     rates = {"bad": make_data.BAD_FACT_RATE, **make_data.SLIP_RATE}
     for kind, rate in rates.items():  # within four standard errors
@@ -121,6 +125,8 @@ def test_the_teacher_errs_as_often_as_it_should(make_data):
         assert wrong[kind] / seen[kind] == pytest.approx(rate, abs=4 * error)
     rate = make_data.GUESS_RATE
     assert guesses / chances == pytest.approx(rate, abs=4 * (rate * (1 - rate) / chances) ** 0.5)
+    rate = make_data.GUESS_RIGHT_RATE + (1 - make_data.GUESS_RIGHT_RATE) / 10
+    assert right_guesses / guesses == pytest.approx(rate, abs=4 * (rate * (1 - rate) / guesses) ** 0.5)
 
 
 def test_worked_answers_have_about_fifty_tokens(make_data):
