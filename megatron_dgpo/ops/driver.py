@@ -53,7 +53,14 @@ class Incoming(NamedTuple):
     grad_entropy: torch.Tensor | None
 
     def rows(self, part: slice) -> Incoming:
-        return Incoming(*[None if x is None else x[part] for x in self])
+        return Incoming(
+            self.columns[part],
+            self.peak[part],
+            self.log_partition[part],
+            self.entropy[part],
+            self.grad_log_probs[part],
+            None if self.grad_entropy is None else self.grad_entropy[part],
+        )
 
 
 @dataclass(frozen=True)
@@ -132,17 +139,11 @@ def _outputs(ctx: Any, merged: Merged, plan: Plan, kernels: Kernels) -> tuple[to
     )
 
 
-def _incoming(
-    targets_T: torch.Tensor,
-    peak_T: torch.Tensor,
-    log_partition_T: torch.Tensor,
-    entropy_T: torch.Tensor,
-    grad_log_probs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    plan: Plan,
-) -> Incoming:
-    grad_l = torch.zeros_like(entropy_T) if grad_log_probs is None else grad_log_probs / plan.temperature
-    grad_h = grad_entropy / plan.temperature if plan.entropy_grad and grad_entropy is not None else None
+def _incoming(ctx: Any, grads: tuple[torch.Tensor | None, ...]) -> Incoming:
+    plan: Plan = ctx.plan
+    targets_T, peak_T, log_partition_T, entropy_T = ctx.saved_tensors[-4:]
+    grad_l = torch.zeros_like(entropy_T) if grads[0] is None else grads[0] / plan.temperature
+    grad_h = grads[1] / plan.temperature if plan.entropy_grad and grads[1] is not None else None
     return Incoming(targets_T - plan.first, peak_T, log_partition_T, entropy_T, grad_l, grad_h)
 
 
@@ -163,9 +164,8 @@ class _LogitsStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        logits_TK, *tokens = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        incoming = _incoming(*tokens, grads[0], grads[1], plan)
+        logits_TK, plan = ctx.saved_tensors[0], ctx.plan
+        incoming = _incoming(ctx, grads)
         grad_TK = torch.empty_like(logits_TK, memory_format=torch.contiguous_format)
         for part in _chunks(logits_TK.shape[0], plan.chunk_size):
             ctx.kernels.write_gradient(logits_TK[part], grad_TK[part], incoming.rows(part), plan)
@@ -195,9 +195,9 @@ class _LinearStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight_KH, *tokens = ctx.saved_tensors
+        hidden, weight_KH = ctx.saved_tensors[:2]
         plan: Plan = ctx.plan
-        incoming = _incoming(*tokens, grads[0], grads[1], plan)
+        incoming = _incoming(ctx, grads)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
         logits = _head(hidden_TH, weight_KH, plan)
@@ -265,7 +265,5 @@ def linear_token_stats(
         if plan.sequence_parallel and reference_hidden.shape[0] != targets_T.shape[0]:
             reference_hidden = gather_rows(reference_hidden, plan.group)
     return _stats(
-        _LinearStats.apply(
-            hidden, weight_KH, targets_T, reference_hidden, reference_weight_KH, plan, kernels
-        )
+        _LinearStats.apply(hidden, weight_KH, targets_T, reference_hidden, reference_weight_KH, plan, kernels)
     )

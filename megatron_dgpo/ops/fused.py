@@ -226,17 +226,20 @@ def _gradient_kernel(
 INTERPRETED = isinstance(_reduce_kernel, InterpretedFunction)
 """Whether the kernels run in Triton's interpreter, on CPU tensors."""
 
-_BLOCK = 2048
-"""Columns of a tile: policy and reference take 32 float32 registers of each of 128 threads, which
-leaves room for several programs on a multiprocessor; wider tiles mean fewer of them."""
+_REDUCE_BLOCK = 4096
+_GRADIENT_BLOCK = 2048
+"""Columns of a tile, for programs of 4 warps. Compiled for Hopper, a policy-and-reference tile costs 41
+instructions a column at 4096 (no more than a bfloat16 pair may cost there to keep up with memory) and 58 at
+2048, where the tile's own reductions weigh more; 8192 would not fit the registers. The gradient has no
+reductions, and at 2048 columns fills a multiprocessor with programs."""
 
 
-def _tiling(tokens: int, width: int) -> tuple[int, int, int]:
+def _tiling(tokens: int, width: int, widest: int) -> tuple[int, int, int]:
     """(rows and columns of a tile, tiles of a row). The width alone decides on a GPU, so that a token's
     numbers do not depend on how many others there are."""
-    block = min(triton.next_power_of_2(width), _BLOCK)
+    block = min(triton.next_power_of_2(width), widest)
     # The interpreter pays by the operation, not by the element.
-    rows = min(triton.next_power_of_2(tokens), 64) if INTERPRETED else max(1, _BLOCK // block)
+    rows = min(triton.next_power_of_2(tokens), 64) if INTERPRETED else max(1, widest // block)
     return rows, block, triton.cdiv(width, block)
 
 
@@ -256,7 +259,7 @@ def _reduce(
         return padding_rows(logits_CK, has_reference, torch.float32)
     logits_CK = _unit_columns(logits_CK)
     reference = logits_CK if reference_CK is None else _unit_columns(reference_CK)
-    rows, block, tiles = _tiling(tokens, plan.width)
+    rows, block, tiles = _tiling(tokens, plan.width, _REDUCE_BLOCK)
     numbers = PAIR_ROWS if has_reference else POLICY_ROWS
     parts = logits_CK.new_empty(numbers, tokens, tiles, dtype=torch.float32)
     out = logits_CK.new_empty(numbers, tokens, dtype=torch.float32)
@@ -308,7 +311,7 @@ def _write_gradient(logits_CK: torch.Tensor, out_CK: torch.Tensor, incoming: Inc
         out_CK.copy_(wide_CK)
         return
     logits_CK = _unit_columns(logits_CK)
-    rows, block, tiles = _tiling(tokens, out_width)
+    rows, block, tiles = _tiling(tokens, out_width, _GRADIENT_BLOCK)
     entropy_grad = incoming.grad_entropy
     with torch.cuda.device_of(logits_CK):
         _gradient_kernel[(triton.cdiv(tokens, rows) * tiles,)](

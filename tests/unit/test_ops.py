@@ -173,8 +173,8 @@ def test_distance_is_exactly_zero_at_the_reference(impl, vocab):
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("shift", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 30.0])
 def test_distance_near_the_reference(impl, shift, shards):
-    z, reference, targets = make(tokens=64, vocab=4096, spread=4.0, shift=shift)
-    width = 4096 // shards
+    z, reference, targets = make(tokens=64, vocab=10240, spread=4.0, shift=shift)
+    width = 10240 // shards
     rows = [
         shard_numbers(impl, a, targets - r * width, b)
         for r, (a, b) in enumerate(zip(z.split(width, 1), reference.split(width, 1), strict=True))
@@ -381,7 +381,7 @@ def test_the_policys_numbers_have_the_same_bits_without_a_reference(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("tokens", [1, 3, 17, 65])
 def test_any_number_of_tokens(impl, tokens):
-    z, reference, targets = make(tokens=tokens, vocab=2100)
+    z, reference, targets = make(tokens=tokens, vocab=4200)
     z.requires_grad_()
     stats = token_stats(z, targets, reference_logits=reference, entropy_grad=True, impl=impl)
     z64 = z.detach().double().requires_grad_()
