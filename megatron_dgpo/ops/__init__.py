@@ -5,8 +5,10 @@ Shape suffixes: T packed tokens, V vocabulary, K local vocabulary shard, H hidde
 The vocabulary lies in contiguous ranges of K columns in rank order; columns at or beyond
 `vocab_size` are padding and contribute nothing: no probability, entropy, distance or gradient.
 
-Implementations: "reference" (`ops/reference.py`, gathers the vocabulary: the truth) and "eager"
-(`ops/eager.py`, torch, never gathers it). "auto" is "eager".
+Implementations: "reference" (`ops/reference.py`, gathers the vocabulary: the truth), "eager"
+(`ops/eager.py`, torch, never gathers it) and "fused" (`ops/fused.py`, Triton: each logit is read once
+forward and once backward). "auto" is "fused" for CUDA tensors where Triton is installed, else "eager";
+float64 is never "fused".
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import logging
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.ops import eager, reference
+from megatron_dgpo.ops import driver, eager, reference
 from megatron_dgpo.ops.collectives import group_rank, group_size
 from megatron_dgpo.types import TokenStats
 
@@ -24,25 +26,60 @@ __all__ = ["IMPLEMENTATIONS", "TokenStats", "linear_token_stats", "token_stats"]
 
 log = logging.getLogger(__name__)
 
-IMPLEMENTATIONS = ("auto", "eager", "reference")
+IMPLEMENTATIONS = ("auto", "eager", "fused", "reference")
 
 _CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """float32 logits of one chunk. A GPU needs more tokens a chunk, since each chunk reads the whole
 LM-head shard once."""
 
-_announced = False
+_announced: set[str] = set()
 
 
-def _implementation(impl: str) -> str:
-    global _announced
+def _why_not_fused(tensors: tuple[torch.Tensor | None, ...]) -> str | None:
+    """What keeps the Triton kernels from these tensors, or None."""
+    try:
+        from megatron_dgpo.ops import fused
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        return "Triton is not installed"
+
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in fused.DTYPES:
+            return f"{tensor.dtype} inputs: needs float32, bfloat16 or float16"
+        if tensor is not None and tensor.is_cuda == fused.INTERPRETED:
+            return (
+                f"tensors on {tensor.device}: needs a CUDA device without TRITON_INTERPRET, or CPU tensors "
+                "with TRITON_INTERPRET=1 set before Triton is imported"
+            )
+    return None
+
+
+def _implementation(impl: str, *tensors: torch.Tensor | None) -> str:
+    """The implementation to use; `tensors` are the logits, or what they are the product of."""
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl={impl!r}: choose one of {', '.join(IMPLEMENTATIONS)}")
+    if impl == "fused":
+        reason = _why_not_fused(tensors)
+        if reason is not None:
+            raise ValueError(f"impl='fused': {reason}; impl='eager' runs everywhere")
     if impl != "auto":
         return impl
-    if not _announced:
-        log.info("token statistics: impl=auto is eager")
-        _announced = True
-    return "eager"
+    on_gpu = any(x is not None and x.is_cuda for x in tensors)
+    reason = _why_not_fused(tensors) if on_gpu else "tensors on the CPU"
+    choice = "fused" if reason is None else "eager"
+    if choice not in _announced:
+        log.info("token statistics: impl=auto is %s%s", choice, f" ({reason})" if reason else "")
+        _announced.add(choice)
+    return choice
+
+
+def _kernels(impl: str) -> driver.Kernels:
+    if impl == "eager":
+        return eager.KERNELS
+    from megatron_dgpo.ops import fused
+
+    return fused.KERNELS
 
 
 def _check_targets(targets: torch.Tensor, num_tokens: int, vocab_size: int) -> None:
@@ -71,7 +108,7 @@ def _plan(
     device_type: str,
     entropy_grad: bool,
     sequence_parallel: bool = False,
-) -> tuple[eager.Plan, int]:
+) -> tuple[driver.Plan, int]:
     """The call's plan and the true vocabulary size."""
     columns = shard_size * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -87,7 +124,7 @@ def _plan(
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1 token")
     first = group_rank(group) * shard_size
-    plan = eager.Plan(
+    plan = driver.Plan(
         group=group,
         first=first,
         width=min(max(vocab_size - first, 0), shard_size),
@@ -123,7 +160,6 @@ def token_stats(
 
     Raises ValueError for shapes, dtypes, ids or settings that do not fit.
     """
-    impl = _implementation(impl)
     _check_shard("policy_logits", policy_logits)
     if reference_logits is not None:
         _check_shard("reference_logits", reference_logits)
@@ -132,12 +168,14 @@ def token_stats(
                 f"reference_logits: got {tuple(reference_logits.shape)}, need the policy's "
                 f"{tuple(policy_logits.shape)}"
             )
+    impl = _implementation(impl, policy_logits, reference_logits)
     plan, vocab_size = _plan(
         policy_logits.shape[1],
         tp_group,
         vocab_size,
         temperature,
-        None,
+        # The kernels keep no float32 copy of the logits, so they need no chunks.
+        max(policy_logits.shape[0], 1) if impl == "fused" else None,
         policy_logits.device.type,
         entropy_grad,
     )
@@ -152,7 +190,7 @@ def token_stats(
             temperature=temperature,
             entropy_grad=entropy_grad,
         )
-    return eager.token_stats(policy_logits, targets, reference_logits, plan)
+    return driver.token_stats(policy_logits, targets, reference_logits, plan, _kernels(impl))
 
 
 def _check_linear(
@@ -222,11 +260,11 @@ def linear_token_stats(
 
     Raises ValueError for shapes, dtypes, ids or settings that do not fit.
     """
-    impl = _implementation(impl)
     scattered_ranks = group_size(tp_group) if sequence_parallel else 1
     _check_linear(
         policy_hidden, policy_weight, reference_hidden, reference_weight, targets.shape[0], scattered_ranks
     )
+    impl = _implementation(impl, policy_hidden, policy_weight, reference_hidden, reference_weight)
     plan, vocab_size = _plan(
         policy_weight.shape[0],
         tp_group,
@@ -248,4 +286,4 @@ def linear_token_stats(
             entropy_grad=entropy_grad,
             sequence_parallel=sequence_parallel,
         )
-    return eager.linear_token_stats(*tensors, plan)
+    return driver.linear_token_stats(*tensors, plan, _kernels(impl))

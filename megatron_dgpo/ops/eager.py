@@ -1,251 +1,49 @@
-"""Vocabulary-parallel token statistics in torch, with hand-written backward passes.
+"""Vocabulary-parallel token statistics in torch: the eager implementation of `driver.Kernels`.
 
-Shape suffixes: T packed tokens (C a chunk of them), K local vocabulary shard, H hidden size.
+Shape suffixes: C a chunk of packed tokens, K local vocabulary shard.
 
-Arithmetic is float32 (float64 for float64 inputs). One all-gather a call merges the ranks,
-whatever the number of chunks; the backward pass of `linear_token_stats` adds one reduction of the
-hidden states' gradient. As everywhere in tensor parallelism, the loss is taken to be the same on every
-rank, so the gradients that come back to the outputs are too.
+Arithmetic is float32 (float64 for float64 inputs).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
-
 import torch
-import torch.distributed as dist
 
-from megatron_dgpo.ops.collectives import gather_rows, scatter_row_sums, stack_ranks, sum_ranks
-from megatron_dgpo.ops.shards import Merged, logits_gradient, merge_shards, reduce_shard
-from megatron_dgpo.types import TokenStats
+from megatron_dgpo.ops.driver import Incoming, Kernels, Plan, compute_dtype
+from megatron_dgpo.ops.shards import logits_gradient, reduce_shard
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The values of one call that are not tensors."""
-
-    group: dist.ProcessGroup | None
-    first: int
-    """Global id of this rank's column 0."""
-    width: int
-    """Columns of this shard that are vocabulary; the rest is padding."""
-    temperature: float
-    chunk_size: int
-    """Tokens whose logits exist in float32 at a time."""
-    entropy_grad: bool
-    sequence_parallel: bool = False
+def _scaled(logits_CK: torch.Tensor, plan: Plan, *, owned: bool, copy: bool = False) -> torch.Tensor:
+    """The vocabulary columns over the temperature, in the compute dtype."""
+    z = logits_CK[:, : plan.width].to(compute_dtype(logits_CK), copy=copy)
+    if plan.temperature == 1.0:
+        return z
+    return z.div_(plan.temperature) if owned or copy else z / plan.temperature
 
 
-def _chunks(num_tokens: int, size: int) -> Iterator[slice]:
-    for start in range(0, max(num_tokens, 1), size):
-        yield slice(start, min(start + size, num_tokens))
-
-
-def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _scaled_logits(logits_TK: torch.Tensor, part: slice, plan: Plan, *, copy: bool = False) -> torch.Tensor:
-    """The chunk's vocabulary columns over the temperature, in the compute dtype."""
-    z = logits_TK[part, : plan.width].to(_compute_dtype(logits_TK), copy=copy)
-    return z if plan.temperature == 1.0 else z / plan.temperature
-
-
-def matmul_wide(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b with the compute dtype's accumulation *and output*: logits rounded to bfloat16 are off by
-    up to 1e-2 in the Hellinger distance."""
-    wide = torch.promote_types(_compute_dtype(a), _compute_dtype(b))
-    with torch.autocast(a.device.type, enabled=False):
-        if a.is_cuda and a.dtype == b.dtype != wide:
-            return torch.mm(a, b, out_dtype=wide)
-        return a.to(wide) @ b.to(wide)
-
-
-def _merge(
-    policy: Callable[[slice], torch.Tensor],
-    reference: Callable[[slice], torch.Tensor] | None,
-    targets_T: torch.Tensor,
+def _reduce(
+    logits_CK: torch.Tensor,
+    columns_C: torch.Tensor,
+    reference_CK: torch.Tensor | None,
     plan: Plan,
-) -> Merged:
-    """Reduce chunk by chunk, then merge the ranks in one collective."""
-    rows = [
-        reduce_shard(policy(part), targets_T[part] - plan.first, reference(part) if reference else None)
-        for part in _chunks(targets_T.shape[0], plan.chunk_size)
-    ]
-    return merge_shards(stack_ranks(torch.cat(rows, dim=1), plan.group))
+    owned: bool,
+) -> torch.Tensor:
+    z = _scaled(logits_CK, plan, owned=owned)
+    if reference_CK is not None:
+        reference_CK = _scaled(reference_CK, plan, owned=owned).to(z.dtype)
+    return reduce_shard(z, columns_C, reference_CK)
 
 
-def _outputs(ctx: Any, merged: Merged, plan: Plan) -> tuple[torch.Tensor | None, ...]:
-    constants = [merged.hellinger, merged.reference_log_probs, merged.reverse_kl]
-    if not plan.entropy_grad:
-        constants.append(merged.entropy)
-    ctx.mark_non_differentiable(*[c for c in constants if c is not None])
-    ctx.set_materialize_grads(False)
-    ctx.plan = plan
-    return (
-        merged.log_probs,
-        merged.entropy,
-        merged.hellinger,
-        merged.reference_log_probs,
-        merged.reverse_kl,
-    )
+def _write_gradient(logits_CK: torch.Tensor, out_CK: torch.Tensor, incoming: Incoming, plan: Plan) -> None:
+    z = _scaled(logits_CK, plan, owned=False, copy=True)
+    out_CK[:, : plan.width] = logits_gradient(z, *incoming)
+    out_CK[:, plan.width :] = 0
 
 
-def _incoming(
-    entropy_T: torch.Tensor,
-    grad_log_probs: torch.Tensor | None,
-    grad_entropy: torch.Tensor | None,
-    plan: Plan,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the outputs with 1/temperature folded in."""
-    grad_l = torch.zeros_like(entropy_T) if grad_log_probs is None else grad_log_probs / plan.temperature
-    grad_h = grad_entropy / plan.temperature if plan.entropy_grad and grad_entropy is not None else None
-    return grad_l, grad_h
+def _into_gradient(
+    logits_CK: torch.Tensor, dtype: torch.dtype, incoming: Incoming, plan: Plan
+) -> torch.Tensor:
+    return logits_gradient(_scaled(logits_CK, plan, owned=True), *incoming).to(dtype)
 
 
-class _LogitsStats(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_TK: torch.Tensor,
-        targets_T: torch.Tensor,
-        reference_TK: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor | None, ...]:
-        def reference(part: slice) -> torch.Tensor:
-            assert reference_TK is not None
-            return _scaled_logits(reference_TK, part, plan).to(_compute_dtype(logits_TK))
-
-        merged = _merge(
-            lambda part: _scaled_logits(logits_TK, part, plan),
-            None if reference_TK is None else reference,
-            targets_T,
-            plan,
-        )
-        ctx.save_for_backward(logits_TK, targets_T, merged.peak, merged.log_partition, merged.entropy)
-        return _outputs(ctx, merged, plan)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        logits_TK, targets_T, peak, log_partition, entropy = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        grad_l, grad_h = _incoming(entropy, grads[0], grads[1], plan)
-        grad_TK = torch.zeros_like(logits_TK)
-        for part in _chunks(targets_T.shape[0], plan.chunk_size):
-            grad_TK[part, : plan.width] = logits_gradient(
-                _scaled_logits(logits_TK, part, plan, copy=True),
-                targets_T[part] - plan.first,
-                peak[part],
-                log_partition[part],
-                entropy[part],
-                grad_l[part],
-                None if grad_h is None else grad_h[part],
-            )
-        return grad_TK, None, None, None
-
-
-class _LinearStats(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight_KH: torch.Tensor,
-        targets_T: torch.Tensor,
-        reference_hidden_TH: torch.Tensor | None,
-        reference_weight_KH: torch.Tensor | None,
-        plan: Plan,
-    ) -> tuple[torch.Tensor | None, ...]:
-        hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
-        policy = _head(hidden_TH, weight_KH, plan)
-        reference = None
-        if reference_hidden_TH is not None and reference_weight_KH is not None:
-            reference = _head(reference_hidden_TH, reference_weight_KH, plan)
-        merged = _merge(policy, reference, targets_T, plan)
-        ctx.save_for_backward(hidden, weight_KH, targets_T, merged.peak, merged.log_partition, merged.entropy)
-        return _outputs(ctx, merged, plan)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight_KH, targets_T, peak, log_partition, entropy = ctx.saved_tensors
-        plan: Plan = ctx.plan
-        grad_l, grad_h = _incoming(entropy, grads[0], grads[1], plan)
-        want_hidden, want_weight = ctx.needs_input_grad[:2]
-        hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
-        logits = _head(hidden_TH, weight_KH, plan)
-        rows_KH = _product_operand(weight_KH)[: plan.width]
-        dtype = torch.promote_types(_compute_dtype(hidden), _compute_dtype(weight_KH))
-        grad_hidden = hidden_TH.new_empty(hidden_TH.shape, dtype=dtype) if want_hidden else None
-        grad_weight = weight_KH.new_zeros(weight_KH.shape, dtype=dtype) if want_weight else None
-        for part in _chunks(targets_T.shape[0], plan.chunk_size):
-            grad_CK = logits_gradient(
-                logits(part),
-                targets_T[part] - plan.first,
-                peak[part],
-                log_partition[part],
-                entropy[part],
-                grad_l[part],
-                None if grad_h is None else grad_h[part],
-            )
-            if rows_KH.dtype != dtype:
-                # Tensor cores: half operands, float32 sums, as in any half-precision LM head.
-                grad_CK = grad_CK.to(rows_KH.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = matmul_wide(grad_CK, rows_KH)
-            if grad_weight is not None:
-                grad_weight[: plan.width] += matmul_wide(grad_CK.t(), hidden_TH[part].to(grad_CK.dtype))
-        if grad_hidden is not None:
-            # Each rank's product covers its own columns only: the gradient is the sum over ranks.
-            reduce = scatter_row_sums if plan.sequence_parallel else sum_ranks
-            grad_hidden = reduce(grad_hidden, plan.group).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_KH.dtype)
-        return grad_hidden, grad_weight, None, None, None, None
-
-
-def _product_operand(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as matrix products take it: half precision stays so only on a GPU."""
-    return tensor if tensor.is_cuda else tensor.to(_compute_dtype(tensor))
-
-
-def _head(hidden_TH: torch.Tensor, weight_KH: torch.Tensor, plan: Plan) -> Callable[[slice], torch.Tensor]:
-    """The LM head as a function from a chunk to its logits over the temperature, (C, width)."""
-    weight_HK = _product_operand(weight_KH)[: plan.width].t()
-
-    def logits(part: slice) -> torch.Tensor:
-        z = matmul_wide(hidden_TH[part], weight_HK)
-        return z if plan.temperature == 1.0 else z.div_(plan.temperature)
-
-    return logits
-
-
-def _stats(outputs: tuple[torch.Tensor | None, ...]) -> TokenStats:
-    log_probs, entropy, hellinger, reference_log_probs, reverse_kl = outputs
-    assert log_probs is not None and entropy is not None
-    return TokenStats(log_probs, entropy, hellinger, reference_log_probs, reverse_kl)
-
-
-def token_stats(
-    logits_TK: torch.Tensor, targets_T: torch.Tensor, reference_TK: torch.Tensor | None, plan: Plan
-) -> TokenStats:
-    if reference_TK is not None:
-        reference_TK = reference_TK.detach()
-    return _stats(_LogitsStats.apply(logits_TK, targets_T, reference_TK, plan))
-
-
-def linear_token_stats(
-    hidden: torch.Tensor,
-    weight_KH: torch.Tensor,
-    targets_T: torch.Tensor,
-    reference_hidden: torch.Tensor | None,
-    reference_weight_KH: torch.Tensor | None,
-    plan: Plan,
-) -> TokenStats:
-    if reference_hidden is not None and reference_weight_KH is not None:
-        reference_hidden, reference_weight_KH = reference_hidden.detach(), reference_weight_KH.detach()
-        if plan.sequence_parallel and reference_hidden.shape[0] != targets_T.shape[0]:
-            reference_hidden = gather_rows(reference_hidden, plan.group)
-    return _stats(
-        _LinearStats.apply(hidden, weight_KH, targets_T, reference_hidden, reference_weight_KH, plan)
-    )
+KERNELS = Kernels(_reduce, _write_gradient, _into_gradient)

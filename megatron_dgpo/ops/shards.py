@@ -47,6 +47,15 @@ def _picked(z_CK: torch.Tensor, columns_C: torch.Tensor) -> torch.Tensor:
     return torch.where(held_C, z_C, torch.zeros_like(z_C))
 
 
+def padding_rows(z_CK: torch.Tensor, has_reference: bool, dtype: torch.dtype) -> torch.Tensor:
+    """What `reduce_shard` says of a shard of padding only."""
+    rows = z_CK.new_zeros(PAIR_ROWS if has_reference else POLICY_ROWS, z_CK.shape[0], dtype=dtype)
+    rows[0] = FLOOR
+    if has_reference:
+        rows[4] = FLOOR
+    return rows
+
+
 def reduce_shard(
     z_CK: torch.Tensor, columns_C: torch.Tensor, reference_CK: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -59,12 +68,8 @@ def reduce_shard(
     logit; then for the reference m', S', target logit; the squared Hellinger distance d between
     the two distributions *conditional on the shard*; D = sum e^(z-m) ((z-m) - (z'-m')).
     """
-    if z_CK.shape[-1] == 0:  # a shard of padding only
-        rows = z_CK.new_zeros(POLICY_ROWS if reference_CK is None else PAIR_ROWS, z_CK.shape[0])
-        rows[0] = FLOOR
-        if reference_CK is not None:
-            rows[4] = FLOOR
-        return rows
+    if z_CK.shape[-1] == 0:
+        return padding_rows(z_CK, reference_CK is not None, z_CK.dtype)
     peak, shifted = _shifted(z_CK)
     target = _picked(z_CK, columns_C)
     e = shifted.exp()

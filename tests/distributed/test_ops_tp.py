@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +14,12 @@ VOCAB, PADDED, TOKENS, HIDDEN = 46, 64, 40, 24
 UNIT = 2.0**-24
 FIELDS = ("log_probs", "entropy", "hellinger", "reference_log_probs", "reverse_kl")
 SIZES = (1, 2, 4)  # at 4, the last shard is padding only
-CASES = [(size, impl, sp) for size in SIZES for impl in ("eager", "reference") for sp in (False, True)]
+# See conftest.py: without a GPU the kernels run in Triton's interpreter.
+WITH_FUSED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+SHARDED = ("eager", "fused") if WITH_FUSED else ("eager",)
+IMPLS = (*SHARDED, "reference")
+HALVES = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+CASES = [(size, impl, sp) for size in SIZES for impl in IMPLS for sp in (False, True)]
 
 
 def data():
@@ -48,13 +56,19 @@ def work(rank, world_size):
         group, shard = groups[rank // size], rank % size
         columns = slice(shard * PADDED // size, (shard + 1) * PADDED // size)
         common = {"tp_group": group, "vocab_size": VOCAB, "temperature": 0.8, "entropy_grad": True}
-        for impl in ("eager", "reference"):
+        for impl in IMPLS:
             z, reference, targets, cotangents = logits()
             local = z[:, columns].clone().requires_grad_()
             stats = token_stats(
                 local, targets, reference_logits=reference[:, columns].contiguous(), impl=impl, **common
             )
             results["logits", size, impl] = answers(stats, cotangents, [local])
+            for dtype in HALVES:
+                half = z[:, columns].to(dtype).requires_grad_()
+                stats = token_stats(
+                    half, targets, reference_logits=reference[:, columns].to(dtype), impl=impl, **common
+                )
+                results["logits", size, impl, dtype] = answers(stats, cotangents, [half])
             for sp in (False, True):
                 h, w, h0, w0, targets, cotangents = data()
                 mine = slice(shard * TOKENS // size, (shard + 1) * TOKENS // size) if sp else slice(None)
@@ -72,8 +86,10 @@ def work(rank, world_size):
                     **common,
                 )
                 results["linear", size, impl, sp] = answers(stats, cotangents, [hidden, weight])
-        here = reduced_zero_distance(token_stats, z, targets, columns, common)
-        results["zero", size] = here
+        for impl in SHARDED:
+            results["zero", size, impl] = reduced_zero_distance(
+                token_stats, z, targets, columns, {**common, "impl": impl}
+            )
     return results
 
 
@@ -114,7 +130,7 @@ def bound(z, logit_error=0.0):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("impl", ["eager", "reference"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_logit_shards(ranks, size, impl):
     z, reference, targets, cotangents = logits()
     z64 = z[:, :VOCAB].double().requires_grad_()
@@ -123,11 +139,30 @@ def test_logit_shards(ranks, size, impl):
     found = [r["logits", size, impl] for r in ranks]
     for values, _ in found:
         check_values(values, want, tolerance)
-        if impl == "eager":
+        if impl in SHARDED:
             assert all(torch.equal(values[n], found[0][0][n]) for n in FIELDS)
     got = torch.cat([grads[0] for _, grads in found[:size]], 1)
     assert (got[:, :VOCAB].double() - grad).abs().max() <= 4 * tolerance / 0.8
     assert torch.equal(got[:, VOCAB:], torch.zeros(TOKENS, PADDED - VOCAB))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", list(HALVES))
+def test_half_logit_shards(ranks, size, impl, dtype):
+    z, reference, targets, cotangents = logits()
+    z64 = z[:, :VOCAB].to(dtype).double().requires_grad_()
+    q64 = reference[:, :VOCAB].to(dtype).double()
+    want, (grad,) = oracle(z64, q64, targets, cotangents.double(), [z64])
+    tolerance = bound(z64.detach())
+    found = [r["logits", size, impl, dtype] for r in ranks]
+    for values, _ in found:
+        check_values(values, want, tolerance)
+    got = torch.cat([grads[0] for _, grads in found[:size]], 1)
+    assert got.dtype == dtype
+    slack = 4 * tolerance / 0.8 + 2 * HALVES[dtype] * grad.abs()
+    assert ((got[:, :VOCAB].double() - grad).abs() <= slack).all()
+    assert torch.equal(got[:, VOCAB:], torch.zeros(TOKENS, PADDED - VOCAB, dtype=dtype))
 
 
 @pytest.mark.parametrize(("size", "impl", "sp"), CASES)
@@ -142,7 +177,7 @@ def test_linear_shards(ranks, size, impl, sp):
     found = [r["linear", size, impl, sp] for r in ranks]
     for values, _ in found:
         check_values(values, want, tolerance)
-        if impl == "eager":
+        if impl in SHARDED:
             assert all(torch.equal(values[n], found[0][0][n]) for n in FIELDS)
     weight = torch.cat([g[1] for _, g in found[:size]])
     hidden = torch.cat([g[0] for _, g in found[:size]]) if sp else found[0][1][0]
@@ -156,9 +191,10 @@ def test_linear_shards(ranks, size, impl, sp):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_sequence_parallel_changes_nothing(ranks, size):
-    plain = [r["linear", size, "eager", False] for r in ranks[:size]]
-    scattered = [r["linear", size, "eager", True] for r in ranks[:size]]
+@pytest.mark.parametrize("impl", SHARDED)
+def test_sequence_parallel_changes_nothing(ranks, size, impl):
+    plain = [r["linear", size, impl, False] for r in ranks[:size]]
+    scattered = [r["linear", size, impl, True] for r in ranks[:size]]
     for name in FIELDS:
         assert torch.equal(plain[0][0][name], scattered[0][0][name])
     assert torch.equal(plain[0][1][0], torch.cat([g[0] for _, g in scattered]))
@@ -167,5 +203,6 @@ def test_sequence_parallel_changes_nothing(ranks, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_distance_is_exactly_zero_at_the_reference(ranks, size):
-    assert all(r["zero", size] == (0.0, 0.0) for r in ranks)
+@pytest.mark.parametrize("impl", SHARDED)
+def test_distance_is_exactly_zero_at_the_reference(ranks, size, impl):
+    assert all(r["zero", size, impl] == (0.0, 0.0) for r in ranks)

@@ -1,7 +1,12 @@
-"""Token statistics against a float64 oracle that is written here, from the definitions."""
+"""Token statistics against a float64 oracle that is written here, from the definitions.
+
+The fused implementation runs in Triton's interpreter here (see conftest.py); tests/gpu runs it compiled.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import subprocess
 import sys
 
@@ -10,12 +15,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dgpo.ops import linear_token_stats, token_stats
+from megatron_dgpo.ops.driver import Plan
 from megatron_dgpo.ops.shards import merge_shards, reduce_shard
 
 UNIT = 2.0**-24
 """float32 unit roundoff."""
 HALF_STEP = {torch.float64: 0.0, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
-IMPLS = ("eager", "reference")
+NO_FUSED = (
+    "Triton is not installed"
+    if importlib.util.find_spec("triton") is None
+    else "Triton compiles for the GPU here: tests/gpu/test_fused.py runs the kernels"
+    if os.environ.get("TRITON_INTERPRET") != "1"
+    else ""
+)
+FUSED = pytest.param("fused", marks=pytest.mark.skipif(bool(NO_FUSED), reason=NO_FUSED))
+IMPLS = ("eager", FUSED, "reference")
+SHARDED = ("eager", FUSED)
 FIELDS = ("log_probs", "entropy", "hellinger", "reference_log_probs", "reverse_kl")
 
 
@@ -58,6 +73,21 @@ def gradient(log_probs, entropy, x, seed=1):
     return torch.autograd.grad((a * log_probs + b * entropy).sum(), x)
 
 
+def needs_half_or_single(impl, dtype):
+    if impl == "fused" and dtype == torch.float64:
+        pytest.skip("the kernels compute in float32: float64 is refused (test_fused_refuses)")
+
+
+def shard_numbers(impl, z, columns, reference):
+    """What a rank says of its shard."""
+    if impl == "eager":
+        return reduce_shard(z, columns, reference)
+    from megatron_dgpo.ops.fused import KERNELS
+
+    plan = Plan(None, 0, z.shape[1], 1.0, max(z.shape[0], 1), False)
+    return KERNELS.reduce(z, columns, reference, plan, False)
+
+
 def check(stats, want, tolerance):
     for name in FIELDS:
         got = getattr(stats, name)
@@ -66,10 +96,11 @@ def check(stats, want, tolerance):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("vocab", [46, 1500])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.3])
+@pytest.mark.parametrize("vocab", [46, 1500, 5000])
 @pytest.mark.parametrize("dtype", list(HALF_STEP))
 def test_values_and_gradients(impl, temperature, vocab, dtype):
+    needs_half_or_single(impl, dtype)
     z, reference, targets = make(vocab=vocab, dtype=dtype)
     z.requires_grad_()
     before = z.detach().clone(), reference.clone(), targets.clone()
@@ -138,13 +169,14 @@ def test_distance_is_exactly_zero_at_the_reference(impl, vocab):
     assert torch.equal(stats.log_probs, stats.reference_log_probs)
 
 
+@pytest.mark.parametrize("impl", SHARDED)
 @pytest.mark.parametrize("shards", [1, 2, 4])
 @pytest.mark.parametrize("shift", [1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 30.0])
-def test_distance_near_the_reference(shift, shards):
-    z, reference, targets = make(tokens=64, vocab=4096, spread=4.0, shift=shift)
-    width = 4096 // shards
+def test_distance_near_the_reference(impl, shift, shards):
+    z, reference, targets = make(tokens=64, vocab=10240, spread=4.0, shift=shift)
+    width = 10240 // shards
     rows = [
-        reduce_shard(a, targets - r * width, b)
+        shard_numbers(impl, a, targets - r * width, b)
         for r, (a, b) in enumerate(zip(z.split(width, 1), reference.split(width, 1), strict=True))
     ]
     got = merge_shards(torch.stack(rows)).hellinger.double()
@@ -157,17 +189,18 @@ def test_distance_near_the_reference(shift, shards):
     assert ((got - want).abs() <= 2 * e * (2 * want).sqrt() + 2 * e * e + 4 * UNIT * want).all()
 
 
+@pytest.mark.parametrize("impl", SHARDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shards", [1, 2, 3, 4, 8])
-def test_merging_shards(shards, dtype):
+def test_merging_shards(impl, shards, dtype):
+    needs_half_or_single(impl, dtype)
     z, reference, targets = make(tokens=50, vocab=46, spread=6.0, shift=2.0)
     z, reference = z.to(dtype), reference.to(dtype)
     width = 16 if shards > 2 else 46 // shards  # from 4 shards on, whole shards are padding
+    starts = range(0, shards * width, width)
     rows = [
-        reduce_shard(
-            z[:, r * width : (r + 1) * width], targets - r * width, reference[:, r * width : (r + 1) * width]
-        )
-        for r in range(shards)
+        shard_numbers(impl, a, targets - r * width, b)
+        for r, (a, b) in enumerate((z[:, s : s + width], reference[:, s : s + width]) for s in starts)
     ]
     merged = merge_shards(torch.stack(rows))
     want = oracle(z, targets, reference)
@@ -197,15 +230,16 @@ def test_masked_columns(impl):
     assert token_stats(z.detach(), torch.full((60,), 12), impl=impl).log_probs.max() == -torch.inf
 
 
-def test_masking_a_whole_shard():
+@pytest.mark.parametrize("impl", SHARDED)
+def test_masking_a_whole_shard(impl):
     z, reference, targets = make(vocab=48)
     z[:, 16:32] = reference[:, 16:32] = -torch.inf
     targets = targets % 16
-    rows = [reduce_shard(z[:, s : s + 16], targets - s, reference[:, s : s + 16]) for s in (0, 16, 32)]
+    rows = [shard_numbers(impl, z[:, s : s + 16], targets - s, reference[:, s : s + 16]) for s in (0, 16, 32)]
     check(merge_shards(torch.stack(rows)), oracle(z, targets, reference), bound(z))
     # A shard that only the reference masks: distance stays right, KL (truly infinite) stays a number.
     reference[:, 32:] = -torch.inf
-    rows = [reduce_shard(z[:, s : s + 16], targets - s, reference[:, s : s + 16]) for s in (0, 16, 32)]
+    rows = [shard_numbers(impl, z[:, s : s + 16], targets - s, reference[:, s : s + 16]) for s in (0, 16, 32)]
     merged = merge_shards(torch.stack(rows))
     assert (merged.hellinger - oracle(z, targets, reference)["hellinger"]).abs().max() <= 1e-6
     assert merged.reverse_kl.isfinite().all() and merged.reverse_kl.min() > 1e20
@@ -224,8 +258,9 @@ def make_linear(dtype=torch.float32, tokens=37, hidden=24, vocab=46, padded=50, 
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("chunk_size", [1, 5, None])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(HALF_STEP))
 def test_linear_values_and_gradients(impl, chunk_size, dtype):
+    needs_half_or_single(impl, dtype)
     (h, w, h0, w0), targets = make_linear(dtype)
     h.requires_grad_(), w.requires_grad_()
     stats = linear_token_stats(
@@ -259,17 +294,21 @@ def test_linear_values_and_gradients(impl, chunk_size, dtype):
     assert torch.equal(got[1][46:], torch.zeros_like(got[1][46:]))
 
 
-def test_linear_keeps_float32_logits_for_half_inputs():
+@pytest.mark.parametrize("impl", SHARDED)
+def test_linear_keeps_float32_logits_for_half_inputs(impl):
     """Logits rounded to bfloat16 would miss this bound a thousandfold."""
     (h, w, h0, w0), targets = make_linear(torch.bfloat16)
-    stats = linear_token_stats(h, w, targets, reference_hidden=h0, reference_weight=w0, vocab_size=46)
+    stats = linear_token_stats(
+        h, w, targets, reference_hidden=h0, reference_weight=w0, vocab_size=46, impl=impl
+    )
     want = oracle(h.double() @ w.double()[:46].t(), targets, h0.double() @ w0.double()[:46].t())
     assert (stats.hellinger - want["hellinger"]).abs().max() <= 1e-6
     rounded = oracle((h @ w.t())[:, :46], targets, (h0 @ w0.t())[:, :46])
     assert (rounded["hellinger"] - want["hellinger"]).abs().max() > 1e-4
 
 
-def test_linear_is_exactly_zero_at_the_reference():
+@pytest.mark.parametrize("impl", SHARDED)
+def test_linear_is_exactly_zero_at_the_reference(impl):
     (h, w, _, _), targets = make_linear()
     stats = linear_token_stats(
         h,
@@ -279,6 +318,7 @@ def test_linear_is_exactly_zero_at_the_reference():
         reference_weight=w.clone(),
         vocab_size=46,
         chunk_size=8,
+        impl=impl,
     )
     assert torch.equal(stats.hellinger, torch.zeros(37)) and torch.equal(stats.reverse_kl, torch.zeros(37))
 
@@ -300,39 +340,162 @@ class _LargestLogits(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("impl", SHARDED)
 @pytest.mark.parametrize("chunk_size", [4, 37])
-def test_logits_exist_for_one_chunk_only(chunk_size):
+def test_logits_exist_for_one_chunk_only(impl, chunk_size):
     (h, w, h0, w0), targets = make_linear()
     h.requires_grad_(), w.requires_grad_()
     with _LargestLogits(50, 24) as seen:
         stats = linear_token_stats(
-            h, w, targets, reference_hidden=h0, reference_weight=w0, chunk_size=chunk_size
+            h, w, targets, reference_hidden=h0, reference_weight=w0, chunk_size=chunk_size, impl=impl
         )
         stats.log_probs.sum().backward()
     assert seen.tokens == chunk_size
 
 
-def test_frozen_inputs_get_no_gradient():
+@pytest.mark.parametrize("impl", SHARDED)
+def test_frozen_inputs_get_no_gradient(impl):
     (h, w, _, _), targets = make_linear()
     h.requires_grad_()
-    linear_token_stats(h, w, targets, vocab_size=46).log_probs.sum().backward()
+    linear_token_stats(h, w, targets, vocab_size=46, impl=impl).log_probs.sum().backward()
     assert h.grad is not None and w.grad is None
     both = h.detach().clone().requires_grad_(), w.clone().requires_grad_()
-    linear_token_stats(*both, targets, vocab_size=46).log_probs.sum().backward()
+    linear_token_stats(*both, targets, vocab_size=46, impl=impl).log_probs.sum().backward()
     assert torch.equal(both[0].grad, h.grad)
 
 
-def test_the_policys_numbers_have_the_same_bits_without_a_reference():
-    z, reference, targets = make(vocab=1500)
+@pytest.mark.parametrize("impl", SHARDED)
+def test_the_policys_numbers_have_the_same_bits_without_a_reference(impl):
+    z, reference, targets = make(vocab=5000)
     leaves = [z.clone().requires_grad_() for _ in range(2)]
     runs = [
-        token_stats(leaf, targets, reference_logits=r, entropy_grad=True)
+        token_stats(leaf, targets, reference_logits=r, entropy_grad=True, impl=impl)
         for leaf, r in zip(leaves, (None, reference), strict=True)
     ]
     assert torch.equal(runs[0].log_probs, runs[1].log_probs)
     assert torch.equal(runs[0].entropy, runs[1].entropy)
     grads = [gradient(s.log_probs, s.entropy, leaf)[0] for s, leaf in zip(runs, leaves, strict=True)]
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [1, 3, 17, 65])
+def test_any_number_of_tokens(impl, tokens):
+    z, reference, targets = make(tokens=tokens, vocab=4200)
+    z.requires_grad_()
+    stats = token_stats(z, targets, reference_logits=reference, entropy_grad=True, impl=impl)
+    z64 = z.detach().double().requires_grad_()
+    want = oracle(z64, targets, reference)
+    check(stats, want, bound(z64))
+    (got,) = gradient(stats.log_probs, stats.entropy, z)
+    (expected,) = gradient(want["log_probs"], want["entropy"], z64)
+    assert ((got - expected).abs() <= 4 * bound(z64) + HALF_STEP[torch.float32] * expected.abs()).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_extreme_logits(impl, temperature):
+    """Whole tiles far above and below the others; targets that have next to no probability."""
+    z, reference, targets = make(tokens=24, vocab=5000, spread=2.0)
+    z[:8, :2100] += 1e4
+    reference[4:12, 2100:] -= 1e4
+    z[8:16] -= 1e4
+    z[16:] = z[16:].sign() * 1e4
+    z.requires_grad_()
+    stats = token_stats(
+        z,
+        targets,
+        reference_logits=reference,
+        temperature=temperature,
+        entropy_grad=True,
+        impl=impl,
+    )
+    z64 = z.detach().double().requires_grad_()
+    want = oracle(z64 / temperature, targets, reference.double() / temperature)
+    # A probability of e^-10000 is 0 in the oracle too: take log-softmax itself.
+    rows = torch.arange(24)
+    log_p = torch.log_softmax(z64 / temperature, -1)
+    log_q = torch.log_softmax(reference.double() / temperature, -1)
+    want["log_probs"], want["reference_log_probs"] = log_p[rows, targets], log_q[rows, targets]
+    want["reverse_kl"] = (log_p.exp() * (log_p - log_q)).sum(-1)
+    # Dividing by a temperature rounds each logit, and so the probabilities by a factor.
+    rounding = 0.0 if temperature == 1.0 else 4 * 1e4 / temperature * UNIT
+    largest_ratio = float((log_p - log_q).detach().abs().max())
+    limits = {name: bound(z64 / temperature) for name in FIELDS}
+    limits["hellinger"] = 1e-6 + rounding
+    limits["reverse_kl"] += rounding * largest_ratio
+    for name, limit in limits.items():
+        error = (getattr(stats, name).double() - want[name].detach()).abs().max()
+        assert error <= limit, name
+    (got,) = gradient(stats.log_probs, stats.entropy, z)
+    (expected,) = gradient(log_p[rows, targets], -(log_p.exp() * log_p).sum(-1), z64)
+    assert got.isfinite().all()
+    assert (got - expected).abs().max() <= 4 * bound(z64 / temperature) / temperature
+
+
+@pytest.mark.parametrize("impl", SHARDED)
+def test_a_nan_logit_reaches_the_results(impl):
+    z, reference, targets = make(tokens=6, vocab=5000)
+    z[1, 7], z[2, 4999], reference[4, 3000] = torch.nan, torch.inf, torch.nan
+    stats = token_stats(z, targets, reference_logits=reference, impl=impl)
+    of_policy, of_reference = [False, True, True, False, False, False], [False] * 4 + [True, False]
+    assert stats.log_probs.isnan().tolist() == of_policy and stats.entropy.isnan().tolist() == of_policy
+    assert stats.reference_log_probs.isnan().tolist() == of_reference
+    both = [a or b for a, b in zip(of_policy, of_reference, strict=True)]
+    assert stats.hellinger.isnan().tolist() == both and stats.reverse_kl.isnan().tolist() == both
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strided_logits(impl):
+    z, reference, targets = make(tokens=9, vocab=60)
+    plain = token_stats(z, targets, reference_logits=reference, impl=impl)
+    leaf = z.t().contiguous().requires_grad_()
+    wide = torch.cat([reference, reference], 1)[:, :60]
+    stats = token_stats(leaf.t(), targets, reference_logits=wide, impl=impl)
+    check(stats, {n: getattr(plain, n).double() for n in FIELDS}, bound(z))
+    (got,) = torch.autograd.grad(stats.log_probs.sum(), leaf)
+    want = torch.nn.functional.one_hot(targets, 60) - torch.softmax(z.double(), -1)
+    assert (got.t() - want).abs().max() <= bound(z)
+
+
+def test_auto_is_eager_on_the_cpu(caplog):
+    z, reference, targets = make(tokens=5)
+    with caplog.at_level("INFO"):
+        a = token_stats(z, targets, reference_logits=reference)
+    b = token_stats(z, targets, reference_logits=reference, impl="eager")
+    assert all(torch.equal(getattr(a, n), getattr(b, n)) for n in FIELDS)
+    assert len([r for r in caplog.records if "impl=auto" in r.message]) <= 1
+
+
+@pytest.mark.skipif(bool(NO_FUSED), reason=NO_FUSED)
+def test_fused_refuses():
+    z, _, targets = make(tokens=5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="impl='fused': torch.float64 inputs: needs float32"):
+        token_stats(z, targets, impl="fused")
+
+
+@pytest.mark.skipif(bool(NO_FUSED), reason=NO_FUSED)
+def test_fused_needs_a_gpu_or_the_interpreter():
+    code = (
+        "import torch; from megatron_dgpo.ops import token_stats; "
+        "token_stats(torch.zeros(1, 4), torch.tensor([0]), impl='fused')"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert run.returncode == 1
+    assert "ValueError: impl='fused': tensors on cpu: needs a CUDA device" in run.stderr
+
+
+def test_fused_needs_triton():
+    code = (
+        "import sys, torch; sys.modules['triton'] = None; from megatron_dgpo.ops import token_stats; "
+        "token_stats(torch.zeros(1, 4), torch.tensor([0])); "
+        "token_stats(torch.zeros(1, 4), torch.tensor([0]), impl='fused')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert run.returncode == 1 and "ValueError: impl='fused': Triton is not installed" in run.stderr
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -347,7 +510,7 @@ def test_no_tokens(impl):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"impl": "fused"}, "impl='fused'.*eager, reference"),
+        ({"impl": "triton"}, "impl='triton'.*auto, eager, fused, reference"),
         ({"temperature": 0.0}, "temperature=0.0"),
         ({"vocab_size": 51}, "vocab_size=51"),
         ({"targets": torch.tensor([0, 1, 46])}, "targets: ids span 0..46, need 0..45"),
