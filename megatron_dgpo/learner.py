@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_dgpo import platform
 from megatron_dgpo.algorithms import Algorithm
 from megatron_dgpo.data import PackItem, pack
 from megatron_dgpo.mcore.policy import NonFiniteUpdate, Policy, pad_for_sequence_parallel
@@ -79,7 +80,8 @@ class Learner:
         batches = [b for m in minibatches for b in m.batches]
         if self.algorithm.needs_reference:
             with self.policy.reference_weights():
-                hidden = self.policy.forward(batches, lambda hidden_TH, _, __: hidden_TH)
+                # The cache keeps the bits of the model's precision: at the reference the distance is 0.
+                hidden = self.policy.forward(batches, lambda hidden_TH, _, __: platform.to_host(hidden_TH))
             for batch, hidden_TH in zip(batches, hidden, strict=False):  # none before the last stage
                 batch.features["reference_hidden"] = hidden_TH
         sums = Sums()
@@ -127,13 +129,14 @@ class Learner:
         return loss, (loss.detach(), metrics)
 
     def _stats(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, *, reference: bool) -> TokenStats:
+        cached = batch.features["reference_hidden"] if reference else None
         return policy_stats(
             self.policy,
             hidden,
             weight,
             batch,
             temperature=self.temperature,
-            reference_hidden=batch.features["reference_hidden"] if reference else None,
+            reference_hidden=None if cached is None else cached.to(hidden.device, non_blocking=True),
         )
 
 

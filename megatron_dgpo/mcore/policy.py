@@ -226,9 +226,8 @@ class Policy:
     # --- reference --------------------------------------------------------------------------------
 
     def _copy_to_host(self) -> dict[str, Tensor]:
-        pin = platform.has_gpu()
-        copies = {n: p.detach().to("cpu", copy=True) for n, p in self.model.named_parameters()}
-        return {n: c.pin_memory() for n, c in copies.items()} if pin else copies
+        parameters = ((n, p.detach()) for n, p in self.model.named_parameters())
+        return {n: platform.to_host(p) if p.is_cuda else p.clone() for n, p in parameters}
 
     @contextmanager
     def reference_weights(self) -> Iterator[None]:
@@ -245,7 +244,7 @@ class Policy:
     @torch.no_grad()
     def _load_from_host(self, source: Mapping[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            parameter.copy_(source[name])
+            parameter.copy_(source[name], non_blocking=True)
 
     @property
     def reference_head_weight(self) -> Tensor:
@@ -255,7 +254,7 @@ class Policy:
         name = "output_layer.weight"
         if self.shape.tied and self.model.pre_process:
             name = "embedding.word_embeddings.weight"
-        return self._reference[name].to(self.groups.device)
+        return self._reference[name].to(self.groups.device, non_blocking=True)
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:

@@ -255,8 +255,10 @@ def linear_token_stats(
     has the same layout (reference_hidden may have all T rows in either case) and takes no gradient.
     chunk_size: tokens whose logits exist at a time; by default about 32 MB of them, 256 MB on a GPU.
 
-    The gradient of policy_hidden is summed over tp_group; that of policy_weight is this shard's. On a
-    GPU the logits' gradient is rounded to half inputs' dtype for those two products.
+    The gradient of policy_hidden is summed over tp_group; that of policy_weight is this shard's, and is
+    added to `policy_weight.main_grad` where Megatron's DDP has put such a buffer of the compute dtype
+    (policy_weight.grad then stays 0). On a GPU the logits' gradient is rounded to half inputs' dtype for
+    those two products.
 
     Raises ValueError for shapes, dtypes, ids or settings that do not fit.
     """

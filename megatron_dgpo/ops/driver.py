@@ -204,8 +204,8 @@ class _LinearStats(torch.autograd.Function):
         rows_KH = _product_operand(weight_KH)[: plan.width]
         dtype = torch.promote_types(compute_dtype(hidden), compute_dtype(weight_KH))
         grad_hidden = hidden_TH.new_empty(hidden_TH.shape, dtype=dtype) if want_hidden else None
-        grad_weight = weight_KH.new_zeros(weight_KH.shape, dtype=dtype) if want_weight else None
-        grad_rows_KH = None if grad_weight is None else grad_weight[: plan.width]
+        total_KH = _gradient_buffer(weight_KH, dtype) if want_weight else None
+        grad_rows_KH = None if total_KH is None else total_KH[: plan.width]
         for part in _chunks(hidden_TH.shape[0], plan.chunk_size):
             # Tensor cores take half operands and sum in float32, as in any half-precision LM head.
             grad_CK = ctx.kernels.into_gradient(logits(part), rows_KH.dtype, incoming.rows(part), plan)
@@ -217,9 +217,28 @@ class _LinearStats(torch.autograd.Function):
             # Each rank's product covers its own columns only: the gradient is the sum over ranks.
             reduce = scatter_row_sums if plan.sequence_parallel else sum_ranks
             grad_hidden = reduce(grad_hidden, plan.group).to(hidden.dtype)
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight_KH.dtype)
+        grad_weight = None if total_KH is None else _weight_gradient(weight_KH, total_KH)
         return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _gradient_buffer(weight_KH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where the weight's gradient is summed, (K, H): Megatron's DDP buffer where the parameter has one of
+    this dtype, which spares a tensor of the weight's size and the rounding to the weight's dtype."""
+    main_grad = getattr(weight_KH, "main_grad", None)
+    if main_grad is not None and main_grad.dtype == dtype:
+        return main_grad
+    return weight_KH.new_zeros(weight_KH.shape, dtype=dtype)
+
+
+def _weight_gradient(weight_KH: torch.Tensor, total_KH: torch.Tensor) -> torch.Tensor:
+    """What autograd gets. After a sum in DDP's buffer: zeros, which DDP's hook needs to run, and to which
+    autograd adds the gradient of an embedding that is tied to the head (see `zero_out_wgrad` and
+    `grad_added_to_main_grad` in Megatron's tensor_parallel/layers.py)."""
+    if total_KH is not getattr(weight_KH, "main_grad", None):
+        return total_KH.to(weight_KH.dtype)
+    if not getattr(weight_KH, "zero_out_wgrad", False):
+        weight_KH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.zeros_like(weight_KH)
 
 
 def _product_operand(tensor: torch.Tensor) -> torch.Tensor:

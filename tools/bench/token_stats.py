@@ -26,11 +26,9 @@ available: H = 5120, V = 152064 and K = V / 8 and V, bfloat16.
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -39,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import describe_machine
 
 from megatron_dgpo.ops import linear_token_stats, token_stats
 
@@ -267,29 +266,6 @@ def matrix_share(args: argparse.Namespace, width: int) -> dict[str, Any]:
     rate = flops / cuda_seconds(lambda: hidden @ weight.t(), 10)
     own = 5 * flops / cuda_seconds(lambda: ours("fused", True, args.chunk_size)(x), 5)
     return {"width": width, "matmul_tflop_s": rate / 1e12, "fused_tflop_s": own / 1e12, "share": own / rate}
-
-
-def describe_machine() -> dict[str, Any]:
-    cpu = next(
-        (
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    packages = {"torch": torch.__version__, "python": platform.python_version()}
-    if importlib.util.find_spec("triton"):
-        import triton
-
-        packages["triton"] = triton.__version__
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "versions": packages,
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def parse_arguments() -> argparse.Namespace:

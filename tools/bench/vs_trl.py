@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import trl_environment
+from machine import describe_machine
 
 from megatron_dgpo.cli import load, refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.observe.metrics import read_metrics
-from megatron_dgpo.observe.run_info import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 # Name -> (TRL's KL coefficient, our settings). TRL has no DGPO; its KL penalty, too, takes the
@@ -193,14 +193,6 @@ class Bench:
         return max(speeds, key=lambda settings: speeds[settings])
 
 
-def describe_machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "unknown CPU")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    busy = os.getloadavg()[0]
-    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, load average {busy:.2f} before the start"
-
-
 def report(rounds: list[dict[str, Result]], trl: str) -> None:
     def spread(values: list[float], digits: int) -> str:
         return " / ".join(f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
@@ -250,8 +242,7 @@ def main() -> None:
     pins = trl_environment.make()
     arguments.out.mkdir(parents=True)
     t = bench.config.train
-    print(f"{datetime.datetime.now():%Y-%m-%d}, {describe_machine()}")
-    print(f"ours: {versions()}\nTRL: {', '.join(pins)}")
+    print(f"{json.dumps(describe_machine())}\nTRL: {', '.join(pins)}")
     print(f"{t.prompts_per_step} prompts x {t.samples_per_prompt} samples a step; logs in {arguments.out}")
     print(f"ours: {arguments.algorithm}; TRL: GRPO with beta {bench.beta}", flush=True)
     settings = arguments.trl or bench.fastest_trl()
