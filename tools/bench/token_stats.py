@@ -9,6 +9,8 @@ The loss is a weighted sum of log-probs; gradients go to hidden states and LM-he
     full logits     (a) logits of policy and reference in float32, torch's log_softmax, plain formulas
     megatron        (b) Megatron's vocab-parallel cross entropy and a separate entropy, log-probs only
                     (where megatron.core is installed)
+    no ref, 1 pass  the same with gradients made in the forward pass, which spares the product that the
+                    backward pass repeats: possible where coefficients are known beforehand, on one rank
     floor           (c) the five matrix products alone, in chunks: two forward, one again, two backward
 
 Each row runs in processes of its own: a warm-up on few tokens, then the fastest of --repeats. Peak extra
@@ -26,6 +28,7 @@ available: H = 5120, V = 152064 and K = V / 8 and V, bfloat16.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
@@ -40,6 +43,8 @@ import torch
 from machine import describe_machine
 
 from megatron_dgpo.ops import linear_token_stats, token_stats
+from megatron_dgpo.ops.driver import Incoming, Plan, add_matmul_wide, matmul_wide
+from megatron_dgpo.ops.shards import merge_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Tensors = dict[str, torch.Tensor]
@@ -84,6 +89,36 @@ def ours(impl: str, with_reference: bool, chunk_size: int | None) -> Callable[[T
         return gradients(stats.log_probs, x)
 
     return step
+
+
+def one_pass(chunk_size: int) -> Callable[[Tensors], Gradients]:
+    """Gradients in the forward pass. With more ranks each chunk would need a collective of its own."""
+
+    @torch.no_grad()
+    def step(x: Tensors) -> Gradients:
+        hidden, weight = x["hidden"], x["weight"]
+        kernels = fused_or_eager(hidden).KERNELS
+        plan = Plan(None, 0, weight.shape[0], 1.0, chunk_size, False)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, hidden.shape[0], chunk_size):
+            part = slice(start, start + chunk_size)
+            targets = x["targets"][part]
+            logits = matmul_wide(hidden[part], weight.t())
+            merged = merge_shards(kernels.reduce(logits, targets, None, plan, False).unsqueeze(0))
+            incoming = Incoming(
+                targets, merged.peak, merged.log_partition, merged.entropy, x["coefficients"][part], None
+            )
+            dz = kernels.into_gradient(logits, hidden.dtype, incoming, plan)
+            grad_hidden[part] = matmul_wide(dz, weight)
+            add_matmul_wide(grad_weight, dz.t(), hidden[part])
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
+
+    return step
+
+
+def fused_or_eager(tensor: torch.Tensor) -> Any:
+    return importlib.import_module(f"megatron_dgpo.ops.{'fused' if tensor.is_cuda else 'eager'}")
 
 
 def full_logits(x: Tensors) -> Gradients:
@@ -182,6 +217,7 @@ def child(args: argparse.Namespace) -> None:
         "eager": ours("eager", True, args.chunk_size),
         "fused": ours("fused", True, args.chunk_size),
         "alone": ours("auto", False, args.chunk_size),
+        "one_pass": one_pass(chunk),
         "full": full_logits,
         "megatron": megatron,
         "floor": floor(chunk),
@@ -284,14 +320,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure_rows(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    names = {"eager": "ours", "alone": "ours, no ref", "full": "full logits"}
+    names = {"eager": "ours"}
     if torch.cuda.is_available():
-        names = {
-            "fused": "ours, fused",
-            "eager": "ours, eager",
-            "alone": "ours, no ref",
-            "full": "full logits",
-        }
+        names = {"fused": "ours, fused", "eager": "ours, eager"}
+    names |= {"alone": "ours, no ref", "one_pass": "no ref, 1 pass", "full": "full logits"}
     if importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core"):
         names["megatron"] = "megatron"
     names["floor"] = "floor"
@@ -319,11 +351,11 @@ def main() -> None:
     print(json.dumps(result["machine"]))
     print(f"T = {args.tokens}, H = {args.hidden}, V = {args.vocab}, {args.dtype}; forward + backward")
     rows = result["rows"] = measure_rows(args)
-    first = next(iter(rows.values()))
-    for other in ("full logits", "floor"):
-        if "seconds" in first and "seconds" in rows[other]:
-            ratios = [first[k] / max(rows[other][k], 1e-9) for k in ("seconds", "peak_extra_mib")]
-            print(f"ours / {other}: time {ratios[0]:.2f}, peak extra memory {ratios[1]:.3f}")
+    pairs = [(next(iter(rows)), other) for other in ("full logits", "floor")]
+    for one, other in [*pairs, ("ours, no ref", "megatron"), ("no ref, 1 pass", "ours, no ref")]:
+        if all("seconds" in rows.get(name, {}) for name in (one, other)):
+            ratios = [rows[one][k] / max(rows[other][k], 1e-9) for k in ("seconds", "peak_extra_mib")]
+            print(f"{one} / {other}: time {ratios[0]:.2f}, peak extra memory {ratios[1]:.3f}")
     if torch.cuda.is_available():
         widths = (args.vocab // 8, args.vocab)
         result["logits"] = [logits_bandwidth(args.tokens, w) for w in widths]
