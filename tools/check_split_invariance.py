@@ -8,7 +8,9 @@ tensor, pipeline and data parallelism of 1 and 2, sequence parallelism on and of
 small. Reference, old policy and updated policy are three different sets of weights, so that distances,
 ratios and clips are not trivial. Compared with the first split (one process, one micro-batch) are
 
-    loss, norm   of the mini-batch: difference over its size
+    loss         difference over the mean absolute advantage: the advantages of a group cancel, and what is
+                 left of them may be as small as rounding
+    norm         of the gradient: difference over its size
     gradient     of every Hugging Face tensor: largest difference over the tensor's largest gradient
     copies       the same between ranks that hold one parameter, such as a norm on every TP rank
     credit       the token weights of every response: largest difference over its largest weight
@@ -188,16 +190,12 @@ def _prompts_of_data(config: Config, max_tokens: int, count: int) -> list[Prompt
 
 def compare(first: Replay, first_folder: Path, other: Replay, other_folder: Path) -> Differences:
     """The folders hold the gradients. Raises KeyError where tensors or responses are not the same ones."""
-
-    def of(name: str) -> float:
-        want, got = first.metrics[name], other.metrics[name]
-        return relative(abs(got - want), abs(want))
-
+    loss, norm = (abs(other.metrics[name] - first.metrics[name]) for name in ("loss", "grad_norm"))
     gradient, worst = worst_gradient(first_folder, other_folder)
     copies, worst_copy = other.copies
     return Differences(
-        loss=of("loss"),
-        norm=of("grad_norm"),
+        loss=relative(loss, first.metrics["advantage_size"]),
+        norm=relative(norm, first.metrics["grad_norm"]),
         gradient=gradient,
         copies=copies,
         credit=worst_credit(first, other),

@@ -5,7 +5,6 @@ Shape suffixes: P prompts, G samples.
 
 from __future__ import annotations
 
-import math
 import pickle
 import random
 import zlib
@@ -79,7 +78,7 @@ class Replay:
     """What came out of a step, on rank 0."""
 
     metrics: dict[str, float]
-    """Over all replicas; `loss` and `grad_norm` are among them."""
+    """Over all replicas: `loss`, `grad_norm`, `advantage_size` (mean absolute advantage) and more."""
     microbatches: list[int]
     """Of each replica."""
     credit: list[dict[tuple[str, int], Tensor]]
@@ -134,10 +133,12 @@ def replay(config: Config, max_tokens: int, batch_file: Path, folder: Path) -> R
     names, reference = _start_weights(config)
     old = perturbed(reference, "old", OLD_NOISE)
     minibatch = _my_minibatch(learner, pickle.loads(batch_file.read_bytes()))
+    sizes = [abs(sample.advantage) for sample in minibatch.samples]
     convert.load_hf(policy.model, groups, names, old)
     sums = learner.prepare([minibatch])
     convert.load_hf(policy.model, groups, names, perturbed(old, "update", UPDATE_NOISE))
     sums.merge(learner.update(minibatch, save_bad_batch_to=folder))
+    sums.add("advantage_size", sum(sizes), len(sizes))
 
     world = groups.world
     credit = platform.gather_objects(_credit(minibatch, groups), world)
@@ -163,7 +164,7 @@ def perturbed(read: TensorSource, salt: str, scale: float) -> TensorSource:
     def read_moved(name: str) -> Tensor:
         tensor = read(name).float()
         g = torch.Generator().manual_seed(zlib.crc32(f"{salt} {name}".encode()))
-        step = scale * float(torch.linalg.vector_norm(tensor)) / math.sqrt(tensor.numel())
+        step = scale * float(tensor.square().mean().sqrt())
         return tensor + step * torch.randn(tensor.shape, generator=g)
 
     return read_moved
