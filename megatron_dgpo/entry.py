@@ -39,8 +39,7 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
 
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
-    checks = (_megatron_fields, _used_folder, _resumed_run, _model_family, _layer_spec, _reward)
-    return load_or_exit(argv, schema, extra_checks=checks)
+    return load_or_exit(argv, schema, extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward))
 
 
 def _megatron_fields(config: AnyConfig) -> Iterator[str]:
@@ -114,6 +113,10 @@ def _layer_spec(config: AnyConfig) -> Iterator[str]:
             "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
             "'auto' and 'torch' do without"
         )
+
+
+MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)
+"""Of what a model is built and trained with; the others are of the run around it."""
 
 
 def _reward(config: AnyConfig) -> Iterator[str]:

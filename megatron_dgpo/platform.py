@@ -88,6 +88,22 @@ def _tensor_type(original: Any) -> Any:
     return type_
 
 
+def _l2_norm(
+    chunk_size: int, _: Any, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """Norm of all tensors together, shape (1,), in the form that Megatron calls it.
+
+    Its own fallback takes torch's norm, which adds a float32 tensor's squares one after the other on a
+    CPU: 0.04 % off at ten million numbers and 0.8 % at eighty, so that the norm depended on the split.
+    """
+    assert not per_tensor, "Megatron clips by the norm of all"
+    square = torch.zeros((), dtype=torch.float64)
+    for tensor in tensor_lists[0]:
+        chunks = torch._foreach_norm(tensor.reshape(-1).split(chunk_size))
+        square += torch.stack(chunks).double().square().sum()
+    return square.sqrt().float().reshape(1), None
+
+
 def run_megatron_on_cpu() -> None:
     """Make Megatron-Core run on CPU tensors. Does nothing on a GPU machine or when called twice."""
     global _shim
@@ -102,8 +118,10 @@ def run_megatron_on_cpu() -> None:
     torch.Tensor.cuda = lambda self, *a, **k: self  # type: ignore[method-assign,assignment]
     torch.Tensor.type = _tensor_type(torch.Tensor.type)  # type: ignore[method-assign]
 
+    from megatron.core.optimizer import clip_grads
     from megatron.core.tensor_parallel import random as megatron_random
 
+    clip_grads.l2_norm_impl = _l2_norm
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _shim = _CudaMeansCpu()

@@ -19,6 +19,7 @@ from megatron_dgpo.weights.names import Entry, NameTable
 from megatron_dgpo.weights.shards import from_full, shard, to_full
 
 TensorSource = Callable[[str], Tensor]
+DEFAULT_SHARD_BYTES = 5 << 30
 
 
 def name_table(shape: ModelShape) -> NameTable:
@@ -95,7 +96,12 @@ def _check_shapes(entry: Entry, tensors: list[Tensor], parameter: Tensor, tp: in
 
 
 def save_hf(
-    model: PolicyModel, groups: platform.Groups, source: Path, target: Path, *, shard_bytes: int = 5 << 30
+    model: PolicyModel,
+    groups: platform.Groups,
+    source: Path,
+    target: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> None:
     """Write the policy as a Hugging Face folder; collective, rank 0 writes.
 
@@ -117,12 +123,16 @@ def save_hf(
             and "safetensors" not in extra.name
         ):
             shutil.copy(extra, partial / extra.name)
-    _write_safetensors(stream, partial, shard_bytes)
+    write_safetensors(stream, partial, shard_bytes=shard_bytes)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
 
 
-def _write_safetensors(stream: Iterator[tuple[str, Tensor]], folder: Path, shard_bytes: int) -> None:
+def write_safetensors(
+    stream: Iterator[tuple[str, Tensor]], folder: Path, *, shard_bytes: int = DEFAULT_SHARD_BYTES
+) -> None:
+    """Write named tensors as Hugging Face's safetensors: one file, or several with an index, so that no
+    more than one file's tensors are in memory. `folder_source` reads them."""
     files: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = 0

@@ -7,7 +7,7 @@ model at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class _Item:
     name: str
     shape: tuple[int, ...]
     """Of the TP shard."""
+    dtype: torch.dtype
     stage: int
 
     @property
@@ -45,15 +46,20 @@ def local_entries(model: PolicyModel, table: NameTable) -> Iterator[tuple[Entry,
 
 
 def export_stream(
-    model: PolicyModel, groups: platform.Groups, *, bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    model: PolicyModel,
+    groups: platform.Groups,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    value: Callable[[Tensor], Tensor] = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (Hugging Face name, full tensor) of the policy, on every rank, in one order.
 
-    The tensors are in the policy's dtype on its device and are the consumer's to keep.
+    `value` takes a parameter to the tensor of its shape that is exported: itself, or its gradient, say.
+    The tensors are in that one's dtype on the policy's device and are the consumer's to keep.
     """
     table = NameTable(model.shape.family, model.shape.num_layers, tied=model.shape.tied)
-    mine = {entry.megatron: p for entry, p in local_entries(model, table)}
-    described = [_Item(n, tuple(p.shape), groups.pp.rank()) for n, p in mine.items()]
+    mine = {entry.megatron: value(p) for entry, p in local_entries(model, table)}
+    described = [_Item(n, tuple(t.shape), t.dtype, groups.pp.rank()) for n, t in mine.items()]
     owned: dict[str, _Item] = {}
     for stage_items in platform.gather_objects(described, groups.pp):
         for item in stage_items:
@@ -61,19 +67,21 @@ def export_stream(
     if left_over := [e.megatron for e in table.entries if e.megatron not in owned]:
         raise KeyError(f"no pipeline stage holds {left_over[0]!r}")
     for bucket in _buckets([owned[e.megatron] for e in table.entries], bucket_bytes, groups.tp.size()):
-        shards = _deliver(bucket, mine, model.config.params_dtype, groups)
+        shards = _deliver(bucket, mine, groups)
         for item, parts in zip(bucket, shards, strict=True):
             entry = table.from_megatron(item.name)
             yield from zip(entry.hf, from_full(entry, join(entry, parts), model.shape), strict=True)
 
 
 def _buckets(items: list[_Item], limit: int, tp: int) -> Iterator[list[_Item]]:
-    """Runs of consecutive items of one stage whose gathered size stays under the limit (or one item)."""
+    """Runs of consecutive items of one stage and dtype whose gathered size stays under the limit (or one
+    item)."""
     bucket: list[_Item] = []
     size = 0
     for item in items:
         item_bytes = item.numel * 4 * tp
-        if bucket and (size + item_bytes > limit or item.stage != bucket[0].stage):
+        alike = bucket and (item.stage, item.dtype) == (bucket[0].stage, bucket[0].dtype)
+        if bucket and (size + item_bytes > limit or not alike):
             yield bucket
             bucket, size = [], 0
         bucket.append(item)
@@ -82,15 +90,13 @@ def _buckets(items: list[_Item], limit: int, tp: int) -> Iterator[list[_Item]]:
         yield bucket
 
 
-def _deliver(
-    bucket: list[_Item], mine: dict[str, Tensor], dtype: torch.dtype, groups: platform.Groups
-) -> list[list[Tensor]]:
+def _deliver(bucket: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> list[list[Tensor]]:
     """The TP shards of each item, on every rank: gathered where they live, then sent along the pipeline."""
     numel = sum(i.numel for i in bucket)
     tp = groups.tp.size()
-    gathered = torch.empty(tp, numel, dtype=dtype, device=groups.device)
+    gathered = torch.empty(tp, numel, dtype=bucket[0].dtype, device=groups.device)
     if bucket[0].stage == groups.pp.rank():
-        flat = torch.cat([mine[i.name].detach().reshape(-1) for i in bucket])
+        flat = torch.cat([mine[i.name].reshape(-1) for i in bucket])
         if tp == 1:
             gathered[0].copy_(flat)
         else:

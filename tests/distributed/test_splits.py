@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +43,13 @@ WORLD_2 = {
     "TP=2 SP": (SPLITS["TP=2 SP"], 30),
     "PP=2": (SPLITS["PP=2"], 30),
 }
-"""Name -> split and tokens of a micro-batch."""
-NAMES = [*WORLD_1, *WORLD_2]
+WORLD_4 = {
+    "TP=2 PP=2": ({"tp": 2, "pp": 2}, 4096),
+    "TP=2 PP=2 SP": ({"tp": 2, "pp": 2, "sp": True}, 30),
+}
+WORLDS: dict[int, dict[str, Any]] = {1: WORLD_1, 2: WORLD_2, 4: WORLD_4}
+"""Processes -> name -> split and tokens of a micro-batch."""
+NAMES = [name for splits in WORLDS.values() for name in splits]
 LINEAR = OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0)
 """Adam's first step moves a weight by lr g / (|g| + eps) (bias correction undoes both averages). With
 lr = eps = 1 that is nearly g itself, so the weights after the step tell every gradient; with the usual
@@ -184,7 +190,7 @@ def supervised_update(folder, kwargs, max_tokens):
 
 def work(rank, world_size, folder):
     results = {}
-    for name, how in (WORLD_1 if world_size == 1 else WORLD_2).items():
+    for name, how in WORLDS[world_size].items():
         for case, options in CASES.items():
             results[name, case] = off_policy_update(folder, options, *how)
         results[name, "sft"] = supervised_update(folder, *how)
@@ -206,7 +212,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder):
     """(name, what) -> one result a rank."""
-    ranks = [run_ranks(work, world, folder, timeout=300) for world in (1, 2)]
+    ranks = [run_ranks(work, world, folder, timeout=300) for world in WORLDS]
     return {key: [rank[key] for rank in world] for world in ranks for key in world[0]}
 
 
