@@ -89,9 +89,9 @@ def make_config(folder: Path, args: argparse.Namespace) -> Config:
         "reward": {"name": "exact_match"},
         "train": {
             "steps": 1,
-            "prompts_per_step": args.sequences,
-            "samples_per_prompt": 1,
-            "prompts_per_minibatch": args.sequences,
+            "prompts_per_step": args.sequences // 2,
+            "samples_per_prompt": 2,
+            "prompts_per_minibatch": args.sequences // 2,
             "max_tokens_per_microbatch": args.max_tokens,
         },
         # Small, so that the policy stays what it is, but not 0: the reference is another policy.
