@@ -15,10 +15,13 @@ ratios and clips are not trivial. Compared with the first split (one process, on
     copies       the same between ranks that hold one parameter, such as a norm on every TP rank
     credit       the token weights of every response: largest difference over its largest weight
 
-The bound on each is 1e-5 in float32. bfloat16 keeps 8 bits, and its sums are rounded wherever ranks or
-micro-batches meet: gradients differ by 3 to 7 %, and the bound is 0.2. It tells a wrong gradient from a right
-one and no more; check in float32 (--model.params_dtype float32) what it leaves open. Such rounding would also
-carry ratios over the clip's edge, where a token has its gradient or none, so in bfloat16 nothing is clipped.
+The second split, `TP=1 moved`, is the first one again with every weight moved by a unit in the last place:
+what mere rounding does to this step, which for a sharp policy is more than for a random one. The bound is
+1e-5 in float32 and 0.1 in bfloat16, or three times that rounding where it is more, or --bound.
+
+bfloat16 keeps 8 bits: it tells a wrong gradient from a right one and no more. Check what it leaves open in
+float32 (--model.params_dtype float32). Its rounding also carries ratios over the clip's edge, where a token
+has its gradient or none, so in bfloat16 nothing is clipped.
 
 Exit status: 0 if no split differs, 1 if one differs or fails, 2 for wrong settings. Splits that the model
 does not divide into, or that need more GPUs than there are, are skipped; the table says why.
@@ -55,7 +58,9 @@ from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights import convert
 
-BOUNDS = {"float32": 1e-5, "bfloat16": 0.2}
+BOUNDS = {"float32": 1e-5, "bfloat16": 0.1}
+ROUNDINGS = 3
+"""The bound is the one or, where it is more, so many times what the moved weights change."""
 CHECKED_SECTIONS = ("model", "algorithm", "rollout", "optimizer", "ddp")
 """Of the config; this tool sets the batch and the split itself, and leaves the run's folder alone."""
 SEED = 20260503
@@ -86,7 +91,7 @@ class Row:
     split: Split
     name: str
     status: str = "skipped"
-    """ok, DIFFERS, FAILED or skipped."""
+    """ok, DIFFERS, FAILED or skipped; rounding for the row that measures it."""
     reason: str = ""
     seconds: float = 0.0
     replay: Replay | None = None
@@ -97,8 +102,10 @@ class Row:
 
 
 def all_splits(max_world_size: int, large: int, small: int) -> Iterator[tuple[str, Split]]:
-    """(name, split), the one to compare with first; `large` and `small` are token budgets."""
+    """(name, split): the one to compare with, the one that measures rounding, and the others; `large` and
+    `small` are token budgets."""
     yield "TP=1", Split(1, 1, 1, False, large)
+    yield "TP=1 moved", Split(1, 1, 1, False, large, moved=True)
     layouts = [(tp, pp, dp) for tp, pp, dp in product((1, 2), repeat=3) if tp * pp * dp <= max_world_size]
     for tp, pp, dp in sorted(layouts, key=lambda sizes: (sizes[0] * sizes[1] * sizes[2], sizes[::-1])):
         sizes = {"TP": tp, "PP": pp, "DP": dp}
@@ -117,7 +124,8 @@ def why_not(config: Config, split: Split, num_prompts: int) -> str:
     if num_prompts % split.dp:
         return f"{num_prompts} prompts do not divide by {split.dp} replicas"
     problems = check_all(split.apply(config), split.world_size)
-    return next((p for p in problems if p.startswith("parallel")), "")
+    reason = next((p for p in problems if p.startswith("parallel")), "")
+    return reason.partition(": ")[2].partition(" (")[0]
 
 
 # --- settings and batch -------------------------------------------------------------------------------
@@ -240,7 +248,8 @@ def worst_credit(first: Replay, other: Replay) -> float | None:
 
 
 def check(config: Config, batch: Sequence[Group], options: argparse.Namespace, scratch: Path) -> list[Row]:
-    """Replay the batch at every split and compare; one row each, printed as they come."""
+    """Replay the batch at every split and compare; one row each, printed as they come. Sets options.bound
+    where it is not given."""
     batch_file = scratch / "batch"
     batch_file.write_bytes(pickle.dumps(list(batch)))
     lengths = [positions(s) for g in batch for s in g.samples]
@@ -257,7 +266,7 @@ def check(config: Config, batch: Sequence[Group], options: argparse.Namespace, s
             if row.replay is not None:
                 assert rows[0].replay is not None, "the loop ends when the first one fails"
                 row.differences = compare(rows[0].replay, first_folder, row.replay, folder)
-                row.status = "ok" if row.differences.largest() <= options.bound else "DIFFERS"
+                judge(row, config, options)
                 if rows[0].replay.metrics["clip_fraction"] != row.replay.metrics["clip_fraction"]:
                     row.reason = "(not the same tokens are clipped: a ratio may be at the edge)"
         except (RankFailed, TimeoutError, KeyError) as error:
@@ -272,6 +281,18 @@ def check(config: Config, batch: Sequence[Group], options: argparse.Namespace, s
     return rows
 
 
+def judge(row: Row, config: Config, options: argparse.Namespace) -> None:
+    assert row.differences is not None, "compared before"
+    largest = row.differences.largest()
+    if row.split.moved:
+        row.status = "rounding"
+        if options.bound is None:
+            options.bound = max(BOUNDS[config.model.params_dtype], ROUNDINGS * largest)
+        return
+    bound = BOUNDS[config.model.params_dtype] if options.bound is None else options.bound
+    row.status = "ok" if largest <= bound else "DIFFERS"
+
+
 def run_split(
     row: Row, config: Config, num_prompts: int, batch_file: Path, folder: Path, limit_seconds: float
 ) -> None:
@@ -284,8 +305,8 @@ def run_split(
         row.replay = run_ranks(
             replay,
             row.split.world_size,
-            row.split.apply(config),
-            row.split.max_tokens,
+            config,
+            row.split,
             batch_file,
             folder,
             folder=folder,
@@ -303,32 +324,32 @@ def table(rows: Sequence[Row]) -> str:
     """Relative differences, one line a split."""
     width = max(len(row.name) for row in rows)
     head = f"{'split':{width}}  ranks  batches  " + "".join(f"{name:>9}" for name in COLUMNS)
-    lines = [f"{head}  verdict  worst parameter"]
+    lines = [f"{head}  verdict   worst parameter"]
     for row in rows:
         line = f"{row.name:{width}}  {row.split.world_size:5}  "
         if row.replay is None or row.differences is None:
-            lines.append(f"{line}{'-':>7}  {'':45}  {row.status:7}  {row.reason}")
+            lines.append(f"{line}{'-':>7}  {'':45}  {row.status:8}  {row.reason}")
             continue
         values = [getattr(row.differences, name) for name in COLUMNS]
         cells = "".join(f"{'-' if v is None else '0' if v == 0 else f'{v:.1e}':>9}" for v in values)
         counts = "+".join(map(str, row.replay.microbatches))
         lines.append(
-            f"{line}{counts:>7}  {cells}  {row.status:7}  {row.differences.worst_parameter} {row.reason}"
+            f"{line}{counts:>7}  {cells}  {row.status:8}  {row.differences.worst_parameter} {row.reason}"
         )
     return "\n".join(line.rstrip() for line in lines)
 
 
 def verdict(rows: Sequence[Row], bound: float) -> str:
-    compared = [r for r in rows[1:] if r.differences is not None]
+    compared = [r for r in rows[1:] if r.differences is not None and not r.split.moved]
     bad = [r.name for r in rows if r.status in ("DIFFERS", "FAILED")]
     skipped = sum(r.status == "skipped" for r in rows)
     tail = f" ({skipped} skipped)" if skipped else ""
     if bad:
-        return f"NOT INVARIANT: {', '.join(bad)}; bound {bound:g}{tail}"
+        return f"NOT INVARIANT: {', '.join(bad)}; bound {bound:.2g}{tail}"
     if not compared:
         return f"NOTHING COMPARED: no split but the first could be run{tail}"
     worst = max(r.differences.largest() for r in compared if r.differences is not None)
-    return f"INVARIANT: {len(compared)} splits within {worst:.1e} of the first; bound {bound:g}{tail}"
+    return f"INVARIANT: {len(compared)} splits within {worst:.1e} of the first; bound {bound:.2g}{tail}"
 
 
 def as_json(config: Config, rows: Sequence[Row], bound: float) -> dict[str, Any]:
@@ -373,7 +394,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--prompts", type=number(int, 1), default=4, help="of the batch (4)")
     parser.add_argument("--samples", type=number(int, 2), default=4, help="responses to each (4)")
     parser.add_argument("--response-tokens", type=number(int, 1), default=64, help="of the longest (64)")
-    parser.add_argument("--bound", type=number(float, 0.0), help="of all differences (by model.params_dtype)")
+    parser.add_argument("--bound", type=number(float, 0.0), help="of every difference (see below)")
     parser.add_argument("--timeout", type=number(float, 1.0), default=1800.0, help="seconds a split (1800)")
     parser.add_argument("--json", type=Path, help="write everything to this file too")
     options, more = parser.parse_known_args(argv)
@@ -386,7 +407,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share a machine's cores
     with refusals():
         config = load_config(words)
-        options.bound = BOUNDS[config.model.params_dtype] if options.bound is None else options.bound
         if options.json is not None and not options.json.absolute().parent.is_dir():
             raise ConfigError([f"--json: {options.json.parent} is no folder"])
         batch = make_batch(config, options)
@@ -395,6 +415,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = without_clipping(config)
     with tempfile.TemporaryDirectory(prefix="splits") as scratch:
         rows = check(config, batch, options, Path(scratch))
+    if options.bound is None:  # the split that measures rounding failed
+        options.bound = BOUNDS[config.model.params_dtype]
     print(f"\n{table(rows)}\n")
     if (first := rows[0].replay) is not None:
         names = ("loss", "grad_norm", "clip_fraction", "hellinger")

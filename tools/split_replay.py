@@ -48,6 +48,8 @@ class Split:
     sequence_parallel: bool
     max_tokens: int
     """Of a micro-batch."""
+    moved: bool = False
+    """Move every weight by a unit in the last place: how far mere rounding carries this step."""
 
     @property
     def world_size(self) -> int:
@@ -116,22 +118,25 @@ def positions(sample: Sample) -> int:
 # --- the step -----------------------------------------------------------------------------------------
 
 
-def replay(config: Config, max_tokens: int, batch_file: Path, folder: Path) -> Replay:
-    """A training step of the config's split on this rank; rank 0 writes the gradients to `folder`.
+def replay(config: Config, split: Split, batch_file: Path, folder: Path) -> Replay:
+    """A training step at the split on this rank; rank 0 writes the gradients to `folder`.
 
     The reference pass, the old log-probs and the update each see other weights.
     """
+    config = split.apply(config)
     groups = platform.start(config.parallel, config.run.seed)
     vocab_size = ModelShape.from_folder(config.model.path).vocab_size
     algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
     policy = build_policy(config, groups, total_updates=1, keep_reference=algorithm.needs_reference)
-    learner = Learner(policy, algorithm, temperature=config.rollout.temperature, max_tokens=max_tokens)
+    learner = Learner(policy, algorithm, temperature=config.rollout.temperature, max_tokens=split.max_tokens)
     copies: list[tuple[float, str]] = []
     _keep_credit(learner)
     _keep_gradients(policy, folder, copies)
 
-    names, reference = _start_weights(config)
-    old = perturbed(reference, "old", OLD_NOISE)
+    names, start = _start_weights(config)
+    if split.moved:
+        start = moved(start, torch.finfo(policy.config.params_dtype).eps)
+    old = perturbed(start, "old", OLD_NOISE)
     minibatch = _my_minibatch(learner, pickle.loads(batch_file.read_bytes()))
     sizes = [abs(sample.advantage) for sample in minibatch.samples]
     convert.load_hf(policy.model, groups, names, old)
@@ -163,11 +168,25 @@ def perturbed(read: TensorSource, salt: str, scale: float) -> TensorSource:
 
     def read_moved(name: str) -> Tensor:
         tensor = read(name).float()
-        g = torch.Generator().manual_seed(zlib.crc32(f"{salt} {name}".encode()))
         step = scale * float(tensor.square().mean().sqrt())
-        return tensor + step * torch.randn(tensor.shape, generator=g)
+        return tensor + step * torch.randn(tensor.shape, generator=_generator(salt, name))
 
     return read_moved
+
+
+def moved(read: TensorSource, eps: float) -> TensorSource:
+    """Weights times 1 + eps or 1 - eps, at random."""
+
+    def read_moved(name: str) -> Tensor:
+        tensor = read(name).float()
+        up = torch.randint(2, tensor.shape, generator=_generator("moved", name))
+        return tensor * (1 + eps * (2 * up - 1))
+
+    return read_moved
+
+
+def _generator(salt: str, name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(zlib.crc32(f"{salt} {name}".encode()))
 
 
 def _my_minibatch(learner: Learner, everything: Sequence[Group]) -> MiniBatch:
