@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from megatron_dgpo.ops.collectives import gather_rows, scatter_row_sums, stack_ranks, sum_ranks
 from megatron_dgpo.ops.shards import Merged, merge_shards
@@ -163,6 +164,7 @@ class _LogitsStats(torch.autograd.Function):
         return _outputs(ctx, merged, plan, kernels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         logits_TK, plan = ctx.saved_tensors[0], ctx.plan
         incoming = _incoming(ctx, grads)
@@ -194,6 +196,7 @@ class _LinearStats(torch.autograd.Function):
         return _outputs(ctx, merged, plan, kernels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight_KH = ctx.saved_tensors[:2]
         plan: Plan = ctx.plan
@@ -213,6 +216,7 @@ class _LinearStats(torch.autograd.Function):
                 grad_hidden[part] = matmul_wide(grad_CK, rows_KH)
             if grad_rows_KH is not None:
                 add_matmul_wide(grad_rows_KH, grad_CK.t(), hidden_TH[part].to(grad_CK.dtype))
+            del grad_CK  # before the next chunk's logits exist
         if grad_hidden is not None:
             # Each rank's product covers its own columns only: the gradient is the sum over ranks.
             reduce = scatter_row_sums if plan.sequence_parallel else sum_ranks

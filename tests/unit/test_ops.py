@@ -512,6 +512,7 @@ def test_no_tokens(impl):
     [
         ({"impl": "triton"}, "impl='triton'.*auto, eager, fused, reference"),
         ({"temperature": 0.0}, "temperature=0.0"),
+        ({"temperature": float("inf")}, "temperature=inf"),
         ({"vocab_size": 51}, "vocab_size=51"),
         ({"targets": torch.tensor([0, 1, 46])}, "targets: ids span 0..46, need 0..45"),
         ({"targets": torch.tensor([0, 1])}, "targets: got torch.int64"),
