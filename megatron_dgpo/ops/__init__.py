@@ -14,6 +14,7 @@ float64 is never "fused".
 from __future__ import annotations
 
 import logging
+import math
 
 import torch
 import torch.distributed as dist
@@ -117,8 +118,8 @@ def _plan(
             f"vocab_size={vocab_size}: {group_size(group)} shards of {shard_size} columns "
             f"hold a vocabulary of 1 to {columns}"
         )
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be greater than 0")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature={temperature}: must be a finite number greater than 0")
     if chunk_size is None:
         chunk_size = max(1, _CHUNK_BYTES.get(device_type, 32 << 20) // (4 * shard_size))
     if chunk_size < 1:

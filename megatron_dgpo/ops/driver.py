@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 from megatron_dgpo.ops.collectives import gather_rows, scatter_row_sums, stack_ranks, sum_ranks
 from megatron_dgpo.ops.shards import Merged, merge_shards
@@ -163,6 +164,7 @@ class _LogitsStats(torch.autograd.Function):
         return _outputs(ctx, merged, plan, kernels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         logits_TK, plan = ctx.saved_tensors[0], ctx.plan
         incoming = _incoming(ctx, grads)
@@ -185,23 +187,24 @@ class _LinearStats(torch.autograd.Function):
         kernels: Kernels,
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
-        policy = _head(hidden_TH, weight_KH, plan)
+        policy = _head(hidden_TH, _head_rows(weight_KH, plan))
         reference = None
         if reference_hidden_TH is not None and reference_weight_KH is not None:
-            reference = _head(reference_hidden_TH, reference_weight_KH, plan)
+            reference = _head(reference_hidden_TH, _head_rows(reference_weight_KH, plan))
         merged = _merge(policy, reference, targets_T, plan, kernels, owned=True)
         ctx.save_for_backward(hidden, weight_KH, targets_T, merged.peak, merged.log_partition, merged.entropy)
         return _outputs(ctx, merged, plan, kernels)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight_KH = ctx.saved_tensors[:2]
         plan: Plan = ctx.plan
         incoming = _incoming(ctx, grads)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
-        logits = _head(hidden_TH, weight_KH, plan)
-        rows_KH = _product_operand(weight_KH)[: plan.width]
+        rows_KH = _head_rows(weight_KH, plan)
+        logits = _head(hidden_TH, rows_KH)
         dtype = torch.promote_types(compute_dtype(hidden), compute_dtype(weight_KH))
         grad_hidden = hidden_TH.new_empty(hidden_TH.shape, dtype=dtype) if want_hidden else None
         total_KH = _gradient_buffer(weight_KH, dtype) if want_weight else None
@@ -213,6 +216,7 @@ class _LinearStats(torch.autograd.Function):
                 grad_hidden[part] = matmul_wide(grad_CK, rows_KH)
             if grad_rows_KH is not None:
                 add_matmul_wide(grad_rows_KH, grad_CK.t(), hidden_TH[part].to(grad_CK.dtype))
+            del grad_CK  # before the next chunk's logits exist
         if grad_hidden is not None:
             # Each rank's product covers its own columns only: the gradient is the sum over ranks.
             reduce = scatter_row_sums if plan.sequence_parallel else sum_ranks
@@ -241,15 +245,16 @@ def _weight_gradient(weight_KH: torch.Tensor, total_KH: torch.Tensor) -> torch.T
     return torch.zeros_like(weight_KH)
 
 
-def _product_operand(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as matrix products take it: half precision stays so only on a GPU."""
-    return tensor if tensor.is_cuda else tensor.to(compute_dtype(tensor))
+def _head_rows(weight_KH: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """The LM head's rows that are vocabulary, (width, H), as matrix products take them: half precision
+    stays so only on a GPU."""
+    rows_KH = weight_KH[: plan.width]
+    return rows_KH if rows_KH.is_cuda else rows_KH.to(compute_dtype(rows_KH))
 
 
-def _head(hidden_TH: torch.Tensor, weight_KH: torch.Tensor, plan: Plan) -> Callable[[slice], torch.Tensor]:
+def _head(hidden_TH: torch.Tensor, rows_KH: torch.Tensor) -> Callable[[slice], torch.Tensor]:
     """The LM head as a function from a chunk to its logits, (C, width)."""
-    weight_HK = _product_operand(weight_KH)[: plan.width].t()
-    return lambda part: matmul_wide(hidden_TH[part], weight_HK)
+    return lambda part: matmul_wide(hidden_TH[part], rows_KH.t())
 
 
 def _stats(outputs: tuple[torch.Tensor | None, ...]) -> TokenStats:

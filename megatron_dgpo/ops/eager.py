@@ -31,7 +31,7 @@ def _reduce(
     z = _scaled(logits_CK, plan, owned=owned)
     if reference_CK is not None:
         reference_CK = _scaled(reference_CK, plan, owned=owned).to(z.dtype)
-    return reduce_shard(z, columns_C, reference_CK)
+    return reduce_shard(z, columns_C, reference_CK, owned=owned)
 
 
 def _write_gradient(logits_CK: torch.Tensor, out_CK: torch.Tensor, incoming: Incoming, plan: Plan) -> None:

@@ -101,7 +101,8 @@ def linear_token_stats(
     def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if sequence_parallel and rows.shape[0] != targets_T.shape[0]:
             rows = _whole(rows, 0, group)
-        return _wide(rows) @ _whole(_wide(weight), 0, group)[:vocab_size].t()
+        with torch.autocast(rows.device.type, enabled=False):
+            return _wide(rows) @ _whole(_wide(weight), 0, group)[:vocab_size].t()
 
     reference_TV = None
     if reference_hidden is not None and reference_weight_KH is not None:

@@ -33,10 +33,11 @@ class Merged(NamedTuple):
     reverse_kl: torch.Tensor | None = None
 
 
-def _shifted(z_CK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(peak of each row, z - peak), with FLOOR for masked (-inf) columns."""
+def _shifted(z_CK: torch.Tensor, owned: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(peak of each row, z - peak), with FLOOR for masked (-inf) columns; with `owned`, in place."""
     peak_C = z_CK.amax(-1).clamp_(min=FLOOR)
-    return peak_C, (z_CK - peak_C.unsqueeze(-1)).clamp_(min=FLOOR)
+    shift_C1 = peak_C.unsqueeze(-1)
+    return peak_C, (z_CK.sub_(shift_C1) if owned else z_CK - shift_C1).clamp_(min=FLOOR)
 
 
 def _picked(z_CK: torch.Tensor, columns_C: torch.Tensor) -> torch.Tensor:
@@ -57,12 +58,17 @@ def padding_rows(z_CK: torch.Tensor, has_reference: bool, dtype: torch.dtype) ->
 
 
 def reduce_shard(
-    z_CK: torch.Tensor, columns_C: torch.Tensor, reference_CK: torch.Tensor | None = None
+    z_CK: torch.Tensor,
+    columns_C: torch.Tensor,
+    reference_CK: torch.Tensor | None = None,
+    *,
+    owned: bool = False,
 ) -> torch.Tensor:
     """A shard's contribution, (4, C), or (9, C) with a reference.
 
     `z_CK` holds logits over the temperature in float32 or float64, padding already cut off;
-    `columns_C` the targets as local columns (out of range: another rank holds the target).
+    `columns_C` the targets as local columns (out of range: another rank holds the target). With
+    `owned`, both logits are overwritten, and two more tensors of their size exist at a time; else four.
 
     Rows: peak m, partition sum S = sum e^(z-m), entropy numerator U = sum e^(z-m) (z-m), target
     logit; then for the reference m', S', target logit; the squared Hellinger distance d between
@@ -70,20 +76,22 @@ def reduce_shard(
     """
     if z_CK.shape[-1] == 0:
         return padding_rows(z_CK, reference_CK is not None, z_CK.dtype)
-    peak, shifted = _shifted(z_CK)
     target = _picked(z_CK, columns_C)
+    peak, shifted = _shifted(z_CK, owned)
     e = shifted.exp()
     total = e.sum(-1)
     if reference_CK is None:
         return torch.stack([peak, total, e.mul_(shifted).sum(-1), target])
 
     # The policy's numbers have the same bits with and without a reference.
-    reference_peak, reference_shifted = _shifted(reference_CK)
-    root, reference_root = e.sqrt(), reference_shifted.exp()
+    numerator = (e * shifted).sum(-1)
+    reference_target = _picked(reference_CK, columns_C)
+    reference_peak, reference_shifted = _shifted(reference_CK, owned)
+    root = e.sqrt()
+    difference = e.mul_(shifted.sub_(reference_shifted)).sum(-1)
+    reference_root = reference_shifted.exp_()
     reference_total = reference_root.sum(-1)
     reference_root.sqrt_()
-    entropy_numerator = (e * shifted).sum(-1)
-    difference = e.mul_(shifted.sub_(reference_shifted)).sum(-1)
     # A shard that is masked as a whole has total 0; any other has total >= 1.
     root.mul_(total.clamp(min=1.0).rsqrt().unsqueeze(-1))
     reference_root.mul_(reference_total.clamp(min=1.0).rsqrt().unsqueeze(-1))
@@ -92,11 +100,11 @@ def reduce_shard(
         [
             peak,
             total,
-            entropy_numerator,
+            numerator,
             target,
             reference_peak,
             reference_total,
-            _picked(reference_CK, columns_C),
+            reference_target,
             distance,
             difference,
         ]
