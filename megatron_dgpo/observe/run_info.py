@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "megatron-core", "transformers")
+PACKAGES = ("torch", "triton", "megatron-core", "transformers")
 
 
 def versions() -> dict[str, Any]:

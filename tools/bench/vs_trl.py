@@ -9,7 +9,8 @@ first steps are warm-up and left out. Ratios are between the runs of one round, 
 the machine cancel. Use a machine that does nothing else.
 
 Before the first round TRL tries several numbers of processes, threads and backward passes an update, and
-keeps the fastest; ours takes one thread a process throughout.
+keeps the fastest on one core and the fastest on more; ours takes one thread a process throughout. A ratio
+is between runs on as many cores.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import trl_environment
+from machine import describe_machine
 
 from megatron_dgpo.cli import load, refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.observe.metrics import read_metrics
-from megatron_dgpo.observe.run_info import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 # Name -> (TRL's KL coefficient, our settings). TRL has no DGPO; its KL penalty, too, takes the
@@ -71,6 +72,10 @@ class TrlSettings:
     @classmethod
     def parse(cls, text: str) -> TrlSettings:
         return cls(*map(int, text.split(",")))
+
+    @property
+    def cores(self) -> int:
+        return self.processes * self.threads
 
     def __str__(self) -> str:
         return f"TRL {self.processes} proc x {self.threads} thr, {self.accumulate} bwd/update"
@@ -174,12 +179,12 @@ class Bench:
         run([*command, *self.words, *words(settings)], a.out / f"{name}.log", 1, a.timeout)
         return measure(read_metrics(folder), a.steps, a.warm_up)
 
-    def fastest_trl(self) -> TrlSettings:
-        """Raises RunFailed where TRL runs with none of the candidates."""
+    def fastest_trl(self) -> dict[int, TrlSettings]:
+        """Cores -> the fastest settings. Raises RunFailed where TRL runs with none of the candidates."""
         print("TRL's candidates, 3 steps each")
         speeds: dict[TrlSettings, float] = {}
         for i, settings in enumerate(CANDIDATES):
-            if settings.processes * settings.threads > (os.cpu_count() or 1):
+            if settings.cores > (os.cpu_count() or 1):
                 continue
             try:
                 result = self.trl(f"trl-candidate-{i}", settings, seed=0, steps=4, warm_up=1)
@@ -190,30 +195,26 @@ class Bench:
                 speeds[settings] = result.tokens_per_second
         if not speeds:
             raise RunFailed(f"TRL ran with none of its settings; see {self.arguments.out}")
-        return max(speeds, key=lambda settings: speeds[settings])
+        # Slowest first: of equal cores, the fastest stays.
+        return {settings.cores: settings for settings in sorted(speeds, key=lambda x: speeds[x])}
 
 
-def describe_machine() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "unknown CPU")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    busy = os.getloadavg()[0]
-    return f"{cpu}, {os.cpu_count()} cores, {memory:.0f} GiB, load average {busy:.2f} before the start"
-
-
-def report(rounds: list[dict[str, Result]], trl: str) -> None:
+def report(rounds: list[dict[str, Result]], trl: dict[int, TrlSettings]) -> None:
     def spread(values: list[float], digits: int) -> str:
         return " / ".join(f"{x:.{digits}f}" for x in (min(values), statistics.median(values), max(values)))
 
-    print("\nmin / median / max over rounds; a ratio is ours to TRL's in the same round")
+    print("\nmin / median / max over rounds; a ratio is ours to TRL's on as many cores in the same round")
     print(f"{'':36}{'response tokens/s':>22}{'speed ratio':>22}{'peak MiB':>22}{'memory ratio':>22}")
     for name in rounds[0]:
         mine = [r[name] for r in rounds]
-        speed = spread([r[name].tokens_per_second / r[trl].tokens_per_second for r in rounds], 2)
-        memory = spread([r[name].peak_mib / r[trl].peak_mib for r in rounds], 2)
+        speed = memory = ""
+        if name in LAYOUTS:
+            base = str(trl.get(LAYOUTS[name][0]) or trl[max(trl)])
+            speed = spread([r[name].tokens_per_second / r[base].tokens_per_second for r in rounds], 2)
+            memory = spread([r[name].peak_mib / r[base].peak_mib for r in rounds], 2)
         print(
-            f"{name:36}{spread([m.tokens_per_second for m in mine], 0):>22}{speed if name != trl else '':>22}"
-            f"{spread([m.peak_mib for m in mine], 0):>22}{memory if name != trl else '':>22}"
+            f"{name:36}{spread([m.tokens_per_second for m in mine], 0):>22}{speed:>22}"
+            f"{spread([m.peak_mib for m in mine], 0):>22}{memory:>22}"
         )
 
 
@@ -250,22 +251,24 @@ def main() -> None:
     pins = trl_environment.make()
     arguments.out.mkdir(parents=True)
     t = bench.config.train
-    print(f"{datetime.datetime.now():%Y-%m-%d}, {describe_machine()}")
-    print(f"ours: {versions()}\nTRL: {', '.join(pins)}")
+    print(f"{json.dumps(describe_machine())}\nTRL: {', '.join(pins)}")
     print(f"{t.prompts_per_step} prompts x {t.samples_per_prompt} samples a step; logs in {arguments.out}")
     print(f"ours: {arguments.algorithm}; TRL: GRPO with beta {bench.beta}", flush=True)
-    settings = arguments.trl or bench.fastest_trl()
+    trl = {arguments.trl.cores: arguments.trl} if arguments.trl else bench.fastest_trl()
     rounds: list[dict[str, Result]] = []
     for i in range(arguments.rounds):
         print(f"round {i + 1}", flush=True)
-        results = {str(settings): bench.trl(f"trl-{i}", settings, i, arguments.steps, arguments.warm_up)}
-        print(f"  {settings!s:34} {results[str(settings)]}", flush=True)
+        results: dict[str, Result] = {}
+        for cores, settings in sorted(trl.items()):
+            name = str(settings)
+            results[name] = bench.trl(f"trl-{cores}-{i}", settings, i, arguments.steps, arguments.warm_up)
+            print(f"  {name:34} {results[name]}", flush=True)
         for layout in arguments.layouts:
             name = layout.replace(", ", "-").replace(" ", "-")
             results[layout] = bench.ours(f"{name}-{i}", layout, seed=i)
             print(f"  {layout:34} {results[layout]}", flush=True)
         rounds.append(results)
-    report(rounds, str(settings))
+    report(rounds, trl)
 
 
 if __name__ == "__main__":
