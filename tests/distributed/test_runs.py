@@ -188,9 +188,12 @@ def test_a_step_without_rewards_changes_nothing_and_goes_on(shop: Workshop) -> N
         "--train.samples_per_prompt",
         2,
     )
-    timed_out = ("--reward.name", "math_verify", "--reward.timeout_seconds", 1e-6)
+    unreadable = shop.folder / "unreadable.jsonl"  # gold answers that no response can be compared with
+    rows = [json.loads(line) for line in (shop.data / "train.jsonl").read_text().splitlines()]
+    unreadable.write_text("".join(json.dumps(row | {"answer": "?"}) + "\n" for row in rows))
+    failing = ("--reward.name", "math_verify", "--data.train", json.dumps([str(unreadable)]))
     more = ("--parallel.tensor_model_parallel_size", 1, "--evaluation.data", "[]", "--train.steps", 2)
-    run = shop.launch("unscored", *tiny, *timed_out, *more, nproc=1).succeed()
+    run = shop.launch("unscored", *tiny, *failing, *more, nproc=1).succeed()
     assert [row["reward_failed"] for row in shop.rows("unscored")] == [1.0, 1.0]
     assert "no sample of this step has a reward" in run.output
     before = AutoModelForCausalLM.from_pretrained(shop.coldstart / "hf")
