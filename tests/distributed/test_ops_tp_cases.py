@@ -59,31 +59,40 @@ def gradient_of(stats, x):
     return torch.autograd.grad((a * stats.log_probs + b * stats.entropy).sum(), x)
 
 
-def few_hidden_states(tokens, rank, size):
-    """linear_token_stats of 0 or 1 tokens, with sequence parallelism where the ranks can share them."""
-    from megatron_dgpo.ops import linear_token_stats
+HEADS = [(0, torch.float32), (1, torch.float32), (16, torch.bfloat16), (16, torch.float16)]
+"""Tokens, which 4 ranks share under sequence parallelism where there is not just one, and dtype."""
 
+
+def lm_head(tokens, dtype):
+    """(hidden states, head, reference's hidden states, targets on every shard)."""
     g = torch.Generator().manual_seed(8)
     h, w = torch.randn(tokens, HIDDEN, generator=g), torch.randn(VOCAB, HIDDEN, generator=g)
-    group_columns = slice(rank * VOCAB // size, (rank + 1) * VOCAB // size)
+    h0 = h + 0.1 * torch.randn(tokens, HIDDEN, generator=g)
+    return h.to(dtype), w.to(dtype), h0.to(dtype), torch.arange(tokens) * 21 % VOCAB
 
-    def run(group, impl, sequence_parallel):
-        hidden, weight = h.clone().requires_grad_(), w[group_columns].clone().requires_grad_()
-        stats = linear_token_stats(
-            hidden,
-            weight,
-            torch.full((tokens,), 50),
-            reference_hidden=h + 0.1,
-            reference_weight=w[group_columns],
-            tp_group=group,
-            entropy_grad=True,
-            sequence_parallel=sequence_parallel,
-            impl=impl,
-        )
-        grads = gradient_of(stats, (hidden, weight))
-        return {name: getattr(stats, name).detach() for name in FIELDS}, [x.clone() for x in grads]
 
-    return run
+def head_answers(tokens, dtype, rank, size, group, impl):
+    from megatron_dgpo.ops import linear_token_stats
+
+    h, w, h0, targets = lm_head(tokens, dtype)
+    rows = slice(None) if tokens == 1 else slice(rank * tokens // size, (rank + 1) * tokens // size)
+    hidden = h[rows].clone().requires_grad_()
+    columns = slice(rank * VOCAB // size, (rank + 1) * VOCAB // size)
+    weight = w[columns].clone().requires_grad_()
+    stats = linear_token_stats(
+        hidden,
+        weight,
+        targets,
+        reference_hidden=h0[rows],
+        reference_weight=w[columns],
+        tp_group=group,
+        chunk_size=5,
+        entropy_grad=True,
+        sequence_parallel=tokens != 1,
+        impl=impl,
+    )
+    grads = gradient_of(stats, (hidden, weight))
+    return {name: getattr(stats, name).detach() for name in FIELDS}, [x.clone() for x in grads]
 
 
 def work(rank, world_size):
@@ -109,9 +118,8 @@ def work(rank, world_size):
                 (grad,) = gradient_of(stats, local)
                 values = {n: getattr(stats, n).detach() for n in FIELDS}
                 results[(size, impl, *name)] = values, grad.clone()
-            for tokens in (0, 1):
-                run = few_hidden_states(tokens, shard, size)
-                results[size, impl, "linear", tokens] = run(group, impl, sequence_parallel=tokens == 0)
+            for head in HEADS:
+                results[size, impl, "head", head] = head_answers(*head, shard, size, group, impl)
     return results
 
 
@@ -197,20 +205,22 @@ def test_hard_logits(ranks, size, impl, name):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("tokens", [0, 1])
-def test_few_tokens_through_the_head(ranks, size, impl, tokens):
-    g = torch.Generator().manual_seed(8)
-    h, w = torch.randn(tokens, HIDDEN, generator=g), torch.randn(VOCAB, HIDDEN, generator=g)
-    case = (h.double() @ w.double().t(), (h + 0.1).double() @ w.double().t(), torch.full((tokens,), 50), 1.0)
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: f"{head[0]}-{head[1]}")
+def test_half_heads_and_few_tokens(ranks, size, impl, head):
+    tokens, dtype = head
+    h, w, h0, targets = (x.double() for x in lm_head(*head))
+    case = h @ w.t(), h0 @ w.t(), targets.long(), 1.0
     want, dz = oracle(*case)
     # A dot product of n float32 terms is off by at most (n + 1) u sum |h w|.
-    products = (h.abs() + 0.1) @ w.abs().t()
+    products = torch.maximum(h.abs(), h0.abs()) @ w.abs().t()
     limit = limits(case, (HIDDEN + 1) * UNIT * float(products.max()) if tokens else 0.0)
-    found = [r[size, impl, "linear", tokens] for r in ranks]
+    found = [r[size, impl, "head", head] for r in ranks]
     check_values(found, want, limit)
     weight = torch.cat([grads[1] for _, grads in found[:size]])
+    hidden = torch.cat([grads[0] for _, grads in found[:size]]) if tokens != 1 else found[0][1][0]
+    assert hidden.shape == h.shape and weight.dtype == hidden.dtype == dtype
+    # Entries of dz are off by at most 4 tolerances, which the products sum; the sums are rounded once.
     slack = 4 * limit["log_probs"]
-    assert ((weight - dz.t() @ h.double()).abs() <= slack * h.abs().sum(0)).all()
-    for _, (hidden, _) in found:
-        assert hidden.shape == h.shape
-        assert ((hidden - dz @ w.double()).abs() <= slack * w.abs().sum(0)).all()
+    for got, truth, factor in ((weight, dz.t() @ h, h), (hidden, dz @ w, w)):
+        limit_of = slack * factor.abs().sum(0) + ROUNDING[dtype] * truth.abs()
+        assert ((got.double() - truth).abs() <= 1.01 * limit_of).all()

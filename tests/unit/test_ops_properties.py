@@ -101,6 +101,14 @@ def test_ranges(impl, problem):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+def test_strangers_are_no_further_apart_than_one(impl):
+    """Rounding takes the sum of one in five of these beyond 1."""
+    z = 30 * torch.randn(200, 130, generator=torch.Generator().manual_seed(0))
+    stats = stats_of(impl, z, torch.zeros(200, dtype=torch.int64), z.flip(-1))
+    assert (stats.hellinger <= 1).all() and (stats.hellinger == 1).sum() > 50
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 @CASES
 @given(problems())
 def test_hellinger_is_symmetric(impl, problem):
