@@ -28,12 +28,14 @@ VOCAB = 45
 """Divides by neither 2 nor 4: the last rank's shard ends in padding."""
 
 
-def write_model(folder: Path, *, tied: bool, seed: int = 1, dtype: torch.dtype = torch.float32) -> Path:
+def write_model(
+    folder: Path, *, tied: bool, seed: int = 1, dtype: torch.dtype = torch.float32, **shape: int
+) -> Path:
     """A Qwen2 folder with transformers' random weights; biases and norms, which it would start at 0 and
-    1, are random too, so that a swap of any two tensors shows."""
+    1, are random too, so that a swap of any two tensors shows. `shape`: sizes that differ from these."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(
+    sizes = dict(
         vocab_size=VOCAB,
         hidden_size=32,
         num_hidden_layers=4,
@@ -41,6 +43,9 @@ def write_model(folder: Path, *, tied: bool, seed: int = 1, dtype: torch.dtype =
         num_key_value_heads=2,
         intermediate_size=48,
         max_position_embeddings=64,
+    )
+    config = Qwen2Config(
+        **{**sizes, **shape},
         initializer_range=0.15,
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,

@@ -111,7 +111,8 @@ def run(h, w, targets, impl, part=slice(None)):
 @pytest.mark.parametrize("impl", SHARDED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_main_grad_takes_the_gradient_before_it_is_rounded(impl, dtype):
-    """The same sums, in the same order, as on the way to weight.grad."""
+    """The same sums, in the same order, as on the way to weight.grad; and on a CPU, where half operands are
+    widened, the same as those of widened inputs, not a bit lost."""
     h, w, targets = head(dtype, torch.float32)
     run(h, w, targets, impl)
     plain_h, plain_w, _ = head(dtype)
@@ -121,8 +122,10 @@ def test_main_grad_takes_the_gradient_before_it_is_rounded(impl, dtype):
     # DDP's hook runs where there is a .grad, and adds none that is in main_grad already.
     assert w.grad.dtype == dtype and not w.grad.any()
     assert w.main_grad[:46].any(1).all() and not w.main_grad[46:].any()
-    if dtype != torch.float32:
-        assert not torch.equal(w.main_grad, w.main_grad.to(dtype).float())
+    wide_h, wide_w = (x.detach().float().requires_grad_() for x in (h, w))
+    run(wide_h, wide_w, targets, impl)
+    assert torch.equal(w.main_grad, wide_w.grad)
+    assert torch.equal(w.main_grad, w.main_grad.to(dtype).float()) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("impl", SHARDED)

@@ -28,11 +28,12 @@ def problems(draw, dtypes=DTYPES):
     masked in both. At most e^5 columns: the bounds below take an entropy for less than 5 nats."""
     tokens, vocab = draw(st.integers(1, 6)), draw(st.sampled_from((1, 2, 3, 17, 46, 130)))
     spread = draw(st.sampled_from((0.0, 0.5, 3.0, 30.0)))
-    shift = draw(st.sampled_from((0.0, 1e-6, 1e-3, 0.1, 1.0, 30.0)))
+    shift = draw(st.sampled_from((0.0, 1e-6, 1e-3, 0.1, 1.0, 30.0, None)))
     dtype = draw(st.sampled_from(dtypes))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     z = torch.randn(tokens, vocab, generator=g) * spread
-    reference = z + shift * torch.randn(tokens, vocab, generator=g)
+    # Turned round, where the spread is wide, it puts its mass on other columns: distance 1 but for rounding.
+    reference = z.flip(-1) if shift is None else z + shift * torch.randn(tokens, vocab, generator=g)
     targets = torch.randint(0, vocab, (tokens,), generator=g)
     if draw(st.booleans()):
         masked = torch.rand(tokens, vocab, generator=g) < 0.4
@@ -97,6 +98,14 @@ def test_ranges(impl, problem):
     assert (stats.entropy >= 0).all()
     ceiling = (z != -torch.inf).sum(-1).double().log()
     assert (stats.entropy.double() <= ceiling + bound(z / temperature)).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_strangers_are_no_further_apart_than_one(impl):
+    """Rounding takes the sum of one in five of these beyond 1."""
+    z = 30 * torch.randn(200, 130, generator=torch.Generator().manual_seed(0))
+    stats = stats_of(impl, z, torch.zeros(200, dtype=torch.int64), z.flip(-1))
+    assert (stats.hellinger <= 1).all() and (stats.hellinger == 1).sum() > 50
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -229,7 +238,8 @@ ROUNDING = 2.0**-24
 """Credit is float64 but for one rounding to float32, a relative 2^-24; twice that covers float64's own."""
 
 
-ANY_TAU, ANY_KAPPA = st.floats(1e-3, 1e3), st.floats(0.0, 4.0)
+ANY_TAU = st.sampled_from((1e-3, 0.05, 1.0)) | st.floats(1e-3, 1e3)
+ANY_KAPPA = st.sampled_from((0.0, 1.0)) | st.floats(0.0, 4.0)
 
 
 @st.composite
@@ -238,7 +248,8 @@ def rollouts(draw, tau=ANY_TAU, kappa=ANY_KAPPA):
     lengths = draw(st.lists(st.integers(0, 20), min_size=1, max_size=6))
     g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     total = sum(lengths)
-    distance = torch.rand(total, generator=g) ** draw(st.sampled_from((1, 8)))
+    scales = torch.rand(len(lengths), generator=g) ** draw(st.sampled_from((0, 8)))
+    distance = torch.rand(total, generator=g) * scales.repeat_interleave(torch.tensor(lengths))
     entropy = torch.rand(total, generator=g) * math.log(VOCAB) * draw(st.sampled_from((0.0, 1.0, 1.0)))
     mask = torch.rand(total, generator=g) >= draw(st.sampled_from((0.0, 0.4, 0.9)))
     normalization = draw(st.sampled_from(("log_vocab", "none")))
@@ -300,7 +311,7 @@ def test_masked_tokens_are_as_if_absent(rollout):
     dirty = credit(
         torch.where(mask, distance, torch.nan), torch.where(mask, entropy, torch.inf), mask, lengths, how
     )
-    assert torch.equal(got.weights, dirty.weights)
+    assert torch.equal(got.weights, dirty.weights) and torch.equal(got.scores, dirty.scores)
     counted = [int(part.sum()) for part in mask.split(lengths)]
     packed = credit(distance[mask], entropy[mask], mask[mask], counted, how)
     assert torch.allclose(got.weights[mask], packed.weights, rtol=2 * ROUNDING, atol=2.0**-149)

@@ -1,0 +1,87 @@
+"""The peak memory of a whole step, through Megatron and its optimizer, is that of a chunk of logits,
+whatever the vocabulary: measured, from the allocator's record of every allocation and release."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from memory import measured
+from spawn import run_ranks
+from tiny import config, split, write_model
+
+from megatron_dgpo.config import DGPOConfig
+from megatron_dgpo.types import Group, Prompt, Sample
+
+CASES = [(16384, False), (65536, False), (65536, True)]
+"""Vocabulary, and whether embedding and LM head are one."""
+BUDGET = 32 << 20
+"""Bytes of a chunk's float32 logits."""
+EAGER_FORWARD = 4
+"""Tensors of that size (see tests/unit/test_ops_memory.py)."""
+PROMPT, RESPONSE, SEQUENCES = 28, 100, 9
+TOKENS = (PROMPT + RESPONSE - 1) * SEQUENCES
+"""1143, in one micro-batch: logits of all of them are 75 MB with 16384 columns, 300 MB with 65536."""
+ACTIVATIONS = 4 * TOKENS * 1024
+"""Bytes of the rest of a model of one layer and hidden size 16: some 60 numbers of hidden size a token."""
+
+
+def samples(vocab):
+    g = random.Random(1)
+    prompts = [Prompt(f"p{i}", tuple(g.randrange(vocab) for _ in range(PROMPT)), "", "") for i in range(3)]
+    groups = []
+    for prompt in prompts:
+        ids = [[g.randrange(vocab) for _ in range(RESPONSE)] for _ in range(SEQUENCES // len(prompts))]
+        rows = [Sample(prompt, i, x, [-9.0] * RESPONSE, "stop", 0, reward=i % 2) for i, x in enumerate(ids)]
+        groups.append(Group(prompt, rows))
+    return groups
+
+
+def step(folder, vocab, tied):
+    """Memory of preparing a rollout batch, and of the update on it."""
+    from megatron_dgpo.algorithms import build_algorithm
+    from megatron_dgpo.learner import Learner
+    from megatron_dgpo.run import build_policy
+
+    sizes = {"vocab_size": vocab, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 16, "max_position_embeddings": 256}
+    model = write_model(folder / f"{vocab}{tied}", tied=tied, **sizes)
+    # Credit from the present policy: the update, too, has both distributions' logits.
+    c = config(model, algorithm=DGPOConfig(credit_timing="update"), temperature=0.9)
+    with split(c) as groups:
+        algorithm = build_algorithm(c.algorithm, vocab_size=vocab)
+        policy = build_policy(c, groups, total_updates=1, keep_reference=True)
+        learner = Learner(
+            policy, algorithm, temperature=c.rollout.temperature, max_tokens=c.train.max_tokens_per_microbatch
+        )
+        everything = samples(vocab)
+        algorithm.assign_advantages(everything)
+        (minibatch,) = learner.pack([algorithm.select(everything)])
+        assert [batch.num_tokens for batch in minibatch.batches] == [TOKENS]
+        _, prepare = measured(lambda: learner.prepare([minibatch]))
+        sums, update = measured(lambda: learner.update(minibatch, save_bad_batch_to=folder))
+        return {"prepare": prepare, "update": update}
+
+
+def work(rank, world_size, folder):
+    return {case: step(folder, *case) for case in CASES}
+
+
+@pytest.fixture(scope="module")
+def memory(tmp_path_factory):
+    (result,) = run_ranks(work, 1, Path(tmp_path_factory.mktemp("memory")), timeout=300)
+    return result
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("part", ["prepare", "update"])
+def test_peak_is_one_chunks_whatever_the_vocabulary(memory, case, part):
+    found = memory[case][part]
+    # Beyond what lives between steps: parameters, reference, optimizer state, gradient buffer.
+    assert 2 * BUDGET <= found.peak <= EAGER_FORWARD * BUDGET + ACTIVATIONS
+    # No tensor of all tokens and all columns exists: the largest is a chunk, but for its alignment.
+    assert 0.9 * BUDGET <= found.largest <= BUDGET + 64 < 4 * TOKENS * case[0]
+    assert found.kept <= ACTIVATIONS
+    # Four times the columns, and no more but a few numbers a token.
+    assert found.peak <= memory[CASES[0]][part].peak + 4 * TOKENS * 64
