@@ -265,7 +265,7 @@ def linear_token_stats(
     """
     scattered_ranks = group_size(tp_group) if sequence_parallel else 1
     _check_linear(
-        policy_hidden, policy_weight, reference_hidden, reference_weight, targets.shape[0], scattered_ranks
+        policy_hidden, policy_weight, reference_hidden, reference_weight, targets.numel(), scattered_ranks
     )
     impl = _implementation(impl, policy_hidden, policy_weight, reference_hidden, reference_weight)
     plan, vocab_size = _plan(
@@ -278,7 +278,7 @@ def linear_token_stats(
         entropy_grad,
         sequence_parallel,
     )
-    _check_targets(targets, targets.shape[0], vocab_size)
+    _check_targets(targets, targets.numel(), vocab_size)
     tensors = (policy_hidden, policy_weight, targets, reference_hidden, reference_weight)
     if impl == "reference":
         return reference.linear_token_stats(

@@ -534,6 +534,8 @@ def test_refuses(change, message):
         ({"reference_hidden": torch.zeros(3, 8)}, "both or neither"),
         ({"policy_weight": torch.zeros(50, 9)}, "policy_weight: got"),
         ({"policy_hidden": torch.zeros(4, 8)}, "policy_hidden: got 4 rows, need 3"),
+        ({"targets": torch.tensor([[0], [1], [2]])}, r"targets: got torch.int64 \(3, 1\)"),
+        ({"policy_hidden": torch.zeros(1, 8), "targets": torch.tensor(2)}, r"targets: got torch.int64 \(\)"),
     ],
 )
 def test_linear_refuses(change, message):

@@ -89,7 +89,7 @@ def check(impl, tokens, vocab, chunk_size, of_one_chunk):
 
 @pytest.mark.parametrize("impl", SHARDED)
 def test_peak_is_one_chunks_whatever_the_vocabulary(impl):
-    tokens, peaks = 640, {}
+    tokens, peaks = 520, {}
     for vocab in VOCABS:
         of_one_chunk = min(4 * vocab * tokens, BUDGET)
         peaks[vocab] = check(impl, tokens, vocab, None, of_one_chunk)

@@ -161,11 +161,15 @@ def test_a_constant_that_is_added_exactly_changes_no_bit(impl, problem, constant
     z, reference, targets, _ = problem
     # Multiples of 1/16 below 2^11: sums and differences have at most 16 bits.
     z, reference = ((16 * x).round() / 16 for x in (z, reference))
-    a = stats_of(impl, z, targets, reference)
-    b = stats_of(impl, z + constant, targets, reference - constant)
-    for name in FIELDS:
-        if name != "reverse_kl":  # which adds the peaks' difference
-            assert torch.equal(getattr(a, name), getattr(b, name)), name
+    found = []
+    for c in (0, constant):
+        leaf = (z + c).requires_grad_()
+        stats = stats_of(impl, leaf, targets, reference - c, entropy_grad=True)
+        # reverse_kl adds the difference of the peaks, which the constant changes.
+        values = [getattr(stats, name).detach() for name in FIELDS if name != "reverse_kl"]
+        found.append([*values, *torch.autograd.grad((stats.log_probs + stats.entropy).sum(), leaf)])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
