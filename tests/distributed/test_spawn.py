@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 
 import pytest
 import torch
@@ -30,7 +31,11 @@ def test_the_first_exception_is_raised_and_nothing_hangs():
     assert not multiprocessing.active_children()
 
 
+def _sleep(rank, world_size):
+    time.sleep(300)
+
+
 def test_timeout():
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1\]"):
-        run_ranks(_sum, 2, 0, timeout=0.2)
+        run_ranks(_sleep, 2, timeout=1.0)
     assert not multiprocessing.active_children()
