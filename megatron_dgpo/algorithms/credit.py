@@ -47,7 +47,7 @@ def effective_fraction(
 
 @torch.no_grad()
 def credit_weights(
-    distance: torch.Tensor,
+    hellinger: torch.Tensor,
     entropy: torch.Tensor,
     cu_seqlens: torch.Tensor,
     *,
@@ -60,24 +60,25 @@ def credit_weights(
 ) -> CreditWeights:
     """w_{i,t} = T_i softmax_t(s_{i,t} / tau) with s = d Hn^kappa (Eq. 6 and section 4.4).
 
-    distance (T,): squared Hellinger distance to the reference (Eq. 2), in [0, 1], or another
-    non-negative distance. entropy (T,): nats; Hn is it over ln V, or itself with
-    entropy_normalization "none". kappa = 0 turns the gate off (0^0 = 1). loss_mask (T,) bool: tokens
-    outside get weight 0 and are not counted in T_i; None counts all. cp_group: each sequence's tokens are
-    spread over these ranks (same sequences on each), joined by two all-reduces of numbers per sequence.
+    hellinger (T,): squared Hellinger distance to the reference (Eq. 2), in [0, 1]; for the ablation the
+    reverse KL divergence in nats takes its place (any finite number may). entropy (T,): nats; Hn is it over
+    ln V, or itself with entropy_normalization "none". kappa = 0 turns the gate off (0^0 = 1). loss_mask (T,)
+    bool: tokens outside get weight 0 and are not counted in T_i; None counts all. cp_group: each sequence's
+    tokens are spread over these ranks (same sequences on each), joined by two all-reduces of numbers per
+    sequence.
 
     The mean of w over the counted tokens of a response is 1, and w is exactly 1 where all of its scores
     are equal. Carries no gradient. Raises ValueError for settings out of range.
     """
     _check(vocab_size, tau, kappa, entropy_normalization)
-    num_tokens, num_sequences = distance.shape[0], cu_seqlens.shape[0] - 1
+    num_tokens, num_sequences = hellinger.shape[0], cu_seqlens.shape[0] - 1
     ids_T = segment_ids(cu_seqlens, num_tokens)
     mask_T = torch.ones_like(ids_T, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
     # float64 for a few numbers a token: sums over long responses keep the mean at 1.
     gate_T = entropy.double().clamp(min=0.0)
     if entropy_normalization == "log_vocab":
         gate_T = normalized_entropy(gate_T, vocab_size)
-    scores_T = distance.double() * gate_T.pow(kappa)
+    scores_T = hellinger.double() * gate_T.pow(kappa)
     scores_T = torch.where(mask_T, scores_T, torch.zeros_like(scores_T))
     logits_T = torch.where(mask_T, scores_T / tau, torch.full_like(scores_T, -torch.inf))
     peaks_S = logits_T.new_full((num_sequences,), -torch.inf)
