@@ -59,7 +59,7 @@ def run_ranks(
 
     No process outlives the call, nor the caller's own death.
     """
-    context = _context()
+    context = rank_context()
     processes = [
         context.Process(target=_rank_main, args=(fn, args, rank, world_size, folder, collective_seconds))
         for rank in range(world_size)
@@ -76,9 +76,9 @@ def run_ranks(
                 process.join()
 
 
-def _context() -> Any:
-    # A forked rank has everything imported already. CUDA does not work in one, and macOS's own
-    # libraries may not.
+def rank_context() -> Any:
+    """How ranks are started: on Linux without a GPU forked from a server that has imported everything,
+    seconds less for each. CUDA does not work in a fork, and macOS's own libraries may not."""
     if sys.platform != "linux" or platform.has_gpu():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -75,12 +75,18 @@ def _implementation(impl: str, *tensors: torch.Tensor | None) -> str:
     return choice
 
 
-def _kernels(impl: str) -> driver.Kernels:
+def load_kernels(impl: str) -> driver.Kernels:
+    """The kernels of "eager" or "fused"."""
     if impl == "eager":
         return eager.KERNELS
     from megatron_dgpo.ops import fused
 
     return fused.KERNELS
+
+
+def default_chunk_size(shard_size: int, device_type: str) -> int:
+    """Tokens whose float32 logits over `shard_size` columns exist at a time."""
+    return max(1, _CHUNK_BYTES.get(device_type, _CHUNK_BYTES["cpu"]) // (4 * shard_size))
 
 
 def _check_targets(targets: torch.Tensor, num_tokens: int, vocab_size: int) -> None:
@@ -121,7 +127,7 @@ def _plan(
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature={temperature}: must be a finite number greater than 0")
     if chunk_size is None:
-        chunk_size = max(1, _CHUNK_BYTES.get(device_type, 32 << 20) // (4 * shard_size))
+        chunk_size = default_chunk_size(shard_size, device_type)
     if chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size}: must be at least 1 token")
     first = group_rank(group) * shard_size
@@ -191,7 +197,7 @@ def token_stats(
             temperature=temperature,
             entropy_grad=entropy_grad,
         )
-    return driver.token_stats(policy_logits, targets, reference_logits, plan, _kernels(impl))
+    return driver.token_stats(policy_logits, targets, reference_logits, plan, load_kernels(impl))
 
 
 def _check_linear(
@@ -289,4 +295,4 @@ def linear_token_stats(
             entropy_grad=entropy_grad,
             sequence_parallel=sequence_parallel,
         )
-    return driver.linear_token_stats(*tensors, plan, _kernels(impl))
+    return driver.linear_token_stats(*tensors, plan, load_kernels(impl))

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import sys
 import tempfile
 import time
 import traceback
@@ -17,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from split_ranks import rank_context
 
 
 def _rank_main(
@@ -62,15 +61,6 @@ def _raise_first(folder: str, exit_codes: dict[int, int]) -> None:
     raise RuntimeError(f"ranks ended without a result: exit codes {exit_codes}")
 
 
-def _context() -> Any:
-    """On Linux ranks are forked from a server that has imported everything: seconds less for each."""
-    if sys.platform != "linux" or torch.cuda.is_available():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_dgpo.learner", "megatron_dgpo.run"])
-    return context
-
-
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call fn(rank, world_size, *args) on each of `world_size` new processes, in a gloo group.
 
@@ -78,7 +68,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     in rank order. Raises the exception of the rank that failed first, or TimeoutError after `timeout`
     seconds; no process outlives the call.
     """
-    context = _context()
+    context = rank_context()
     with tempfile.TemporaryDirectory() as folder:
         # Not daemons, which may not have children: Megatron's checkpoint writer is one.
         processes = [

@@ -8,18 +8,16 @@ import sys
 import time
 from pathlib import Path
 
+import check_split_invariance as tool
 import psutil
 import pytest
 import torch
 from launch import ROOT
+from split_ranks import RankFailed, run_ranks
+from split_replay import Replay, Split
 from tiny import write_model
 
-sys.path.insert(0, str(ROOT / "tools"))
-import check_split_invariance as tool  # noqa: E402
-from split_ranks import RankFailed, run_ranks  # noqa: E402
-from split_replay import Replay, Split  # noqa: E402
-
-from megatron_dgpo.weights.convert import write_safetensors  # noqa: E402
+from megatron_dgpo.weights.convert import write_safetensors
 
 SETTINGS = """
 [model]

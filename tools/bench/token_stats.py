@@ -28,7 +28,6 @@ available: H = 5120, V = 152064 and K = V / 8 and V, bfloat16.
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import json
 import os
@@ -42,7 +41,7 @@ from typing import Any
 import torch
 from machine import describe_machine
 
-from megatron_dgpo.ops import linear_token_stats, token_stats
+from megatron_dgpo.ops import default_chunk_size, linear_token_stats, load_kernels, token_stats
 from megatron_dgpo.ops.driver import Incoming, Plan, add_matmul_wide, matmul_wide
 from megatron_dgpo.ops.shards import merge_shards
 
@@ -97,7 +96,7 @@ def one_pass(chunk_size: int) -> Callable[[Tensors], Gradients]:
     @torch.no_grad()
     def step(x: Tensors) -> Gradients:
         hidden, weight = x["hidden"], x["weight"]
-        kernels = fused_or_eager(hidden).KERNELS
+        kernels = load_kernels("fused" if hidden.is_cuda else "eager")
         plan = Plan(None, 0, weight.shape[0], 1.0, chunk_size, False)
         grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -115,10 +114,6 @@ def one_pass(chunk_size: int) -> Callable[[Tensors], Gradients]:
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype)
 
     return step
-
-
-def fused_or_eager(tensor: torch.Tensor) -> Any:
-    return importlib.import_module(f"megatron_dgpo.ops.{'fused' if tensor.is_cuda else 'eager'}")
 
 
 def full_logits(x: Tensors) -> Gradients:
@@ -212,7 +207,7 @@ def measured(step: Callable[[], Gradients], on_gpu: bool) -> tuple[float, float]
 def child(args: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     x = make_inputs(args, "cuda" if on_gpu else "cpu")
-    chunk = args.chunk_size or max(1, ((256 if on_gpu else 32) << 20) // (4 * args.vocab))
+    chunk = args.chunk_size or default_chunk_size(args.vocab, "cuda" if on_gpu else "cpu")
     steps: dict[str, Callable[[Tensors], Gradients]] = {
         "eager": ours("eager", True, args.chunk_size),
         "fused": ours("fused", True, args.chunk_size),
