@@ -105,15 +105,56 @@ class SFTDataConfig(Section):
 
 
 class GenerationConfig(Section):
-    engine: Literal["embedded"] = "embedded"
-    """embedded: transformers' generation in the training processes."""
     max_new_tokens: PositiveInt = 1024
     """A response that has not ended by then is truncated."""
     max_batch_size: PositiveInt = 256
-    """Samples that a rank generates together."""
+    """Samples that a rank generates together in the embedded engine."""
+
+
+class LaunchConfig(Section):
+    """Servers that the run starts on rank 0's machine, and ends."""
+
+    count: PositiveInt = 1
+    """How many servers."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs of each server."""
+    devices: Annotated[tuple[Count, ...], Field(strict=False)] = ()
+    """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: from 0 up."""
+    python: Folder = Path(".venv-sglang/bin/python")
+    """Interpreter of the environment that SGLang is installed in (`make sglang`)."""
+    args: dict[str, Any] = {}
+    """More arguments of sglang.launch_server by name, such as mem_fraction_static = 0.8."""
+    startup_timeout_seconds: PositiveInt = 900
+    """How long a server may take until it answers."""
+    max_restarts: Count = 3
+    """How many times servers that died are started again, over the whole run."""
+
+
+class SGLangConfig(Section):
+    urls: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Addresses of servers that run already; none, and no router: the run starts its own."""
+    router: str = ""
+    """An sglang-router in front of servers that run already; weights go to its workers directly."""
+    launch: LaunchConfig = LaunchConfig()
+    """Servers that the run starts."""
+    max_concurrent_requests: PositiveInt = 256
+    """Samples in flight at a server, from all ranks together."""
+    request_timeout_seconds: Positive = 1800.0
+    """A sample that takes longer counts as a failure of its server."""
+    retries: Count = 3
+    """How many times a request that failed is sent again, with growing pauses."""
+    colocate: bool = False
+    """The servers share the trainer's GPUs: they give up their memory while it trains, and weights go
+    through shared memory (CUDA IPC) instead of a broadcast."""
+    address: str = "127.0.0.1"
+    """Where servers reach the trainer's broadcasts; "hostname": by the name of each rank's machine."""
 
 
 class RolloutConfig(GenerationConfig):
+    engine: Literal["embedded", "sglang"] = "embedded"
+    """embedded: transformers' generation in the training processes. sglang: SGLang servers."""
+    sglang: SGLangConfig = SGLangConfig()
+    """Of the engine of that name."""
     temperature: Positive = 1.0
     """Of the sampling; the trained policy is the one at this temperature."""
     top_p: Probability = 1.0
@@ -122,6 +163,19 @@ class RolloutConfig(GenerationConfig):
     """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Drop tokens below this share of the likeliest one's probability."""
+
+
+class SyncConfig(Section):
+    bucket_bytes: PositiveInt = 256 << 20
+    """Weights travel to the engines in pieces of about this size."""
+    in_flight: Literal["retract", "abort"] = "retract"
+    """Samples that are being drawn while weights change: go on under the new ones, or start again."""
+    probe_every: Count = 1
+    """Compare engine and trainer on a fixed prompt after every so many syncs; 0 never does."""
+    max_log_prob_gap: NonNegative = 0.0
+    """Mean difference in nats at which the probe ends the run; 0: 1e-3 in float32, 0.05 in bfloat16."""
+    timeout_seconds: PositiveInt = 300
+    """How long a sync may wait for a server before the server counts as dead."""
 
 
 class ScoringConfig(Section):
@@ -276,6 +330,7 @@ class Config(Section):
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
+    sync: SyncConfig = SyncConfig()
     reward: RewardConfig
     algorithm: AlgorithmConfig = DGPOConfig()
     train: TrainConfig

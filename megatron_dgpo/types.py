@@ -30,6 +30,15 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class VersionSpan:
+    """Tokens `start` up to `end` of a response were drawn under weights of this version."""
+
+    version: int
+    start: int
+    end: int
+
+
 @dataclass
 class Sample:
     """One response to a prompt, with everything that is known about it."""
@@ -43,7 +52,9 @@ class Sample:
     """The engine's log-probability of each response token in nats, at the sampling temperature,
     before top-k, top-p and min-p."""
     finish_reason: FinishReason
-    weight_version: int
+    weight_versions: tuple[VersionSpan, ...]
+    """Which weights drew which tokens: spans end to end over token_ids. More than one where weights
+    changed while the response was being drawn."""
     text: str = ""
     reward: float | None = None
     """None until scored, and where the reward *failed* (which is not the same as a wrong answer)."""
@@ -52,6 +63,11 @@ class Sample:
     """Why the reward failed."""
     advantage: float = 0.0
     """The response's group-relative advantage; a failed sample has none and does not train."""
+
+    @property
+    def weight_version(self) -> int:
+        """The oldest weights that drew any of it."""
+        return min(span.version for span in self.weight_versions)
 
 
 @dataclass

@@ -105,7 +105,7 @@ def rollout_batch(
         for index in range(samples):
             ids = [g.randrange(vocab_size) for _ in range(g.randint(1, response_tokens))]
             log_probs = [-g.uniform(1.0, 5.0) for _ in ids]
-            rows.append(Sample(prompt, index, ids, log_probs, "length", 0, reward=g.random()))
+            rows.append(Sample(prompt, index, ids, log_probs, "length", (), reward=g.random()))
         groups.append(Group(prompt, rows))
     return groups
 

@@ -40,7 +40,7 @@ def _rows(step: int, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
                 "reward_error": sample.reward_error,
                 "advantage": sample.advantage,
                 "finish_reason": sample.finish_reason,
-                "weight_version": sample.weight_version,
+                "weight_versions": [[s.version, s.start, s.end] for s in sample.weight_versions],
                 "token_ids": sample.token_ids,
                 "log_probs": sample.log_probs,
             }

@@ -24,7 +24,7 @@ from transformers import (
 
 from megatron_dgpo.rollout.engine import SamplingParams
 from megatron_dgpo.rollout.sampling import EndOrCompact, NonFiniteLogits, TokenChooser, uniforms
-from megatron_dgpo.types import Group, Prompt, Sample
+from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
 NO_WEIGHTS = -1
 COMPACT_SHARE = 0.5
@@ -236,7 +236,7 @@ class EmbeddedEngine:
                     token_ids=tokens[:length],
                     log_probs=log_probs[:length],
                     finish_reason="stop" if tokens[length - 1] in stops else "length",
-                    weight_version=self._version,
+                    weight_versions=(VersionSpan(self._version, 0, length),),
                 )
             )
         return out

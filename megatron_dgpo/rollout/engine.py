@@ -71,6 +71,17 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+class EnginesLost(RuntimeError):
+    """Every server that could draw the rest of a call's samples is gone.
+
+    `groups` has the call's groups in order, None for each that is not complete.
+    """
+
+    def __init__(self, message: str, groups: list[Group | None]) -> None:
+        super().__init__(message)
+        self.groups = groups
+
+
 @runtime_checkable
 class Engine(Protocol):
     """Draws responses under the weights it was last given.

@@ -33,7 +33,7 @@ def samples(vocab):
     groups = []
     for prompt in prompts:
         ids = [[g.randrange(vocab) for _ in range(RESPONSE)] for _ in range(SEQUENCES // len(prompts))]
-        rows = [Sample(prompt, i, x, [-9.0] * RESPONSE, "stop", 0, reward=i % 2) for i, x in enumerate(ids)]
+        rows = [Sample(prompt, i, x, [-9.0] * RESPONSE, "stop", (), reward=i % 2) for i, x in enumerate(ids)]
         groups.append(Group(prompt, rows))
     return groups
 

@@ -158,7 +158,7 @@ def scored_groups(seed: int = 7, prompts: int = 4, n: int = 3) -> list[Group]:
         for i in range(n):
             ids = [g.randrange(VOCAB) for _ in range(1 if p == i == 0 else g.randint(2, 16))]
             log_probs = [-g.uniform(1.0, 5.0) for _ in ids]
-            samples.append(Sample(prompt, i, ids, log_probs, "stop", 0, reward=g.choice((0.0, 0.3, 1.0))))
+            samples.append(Sample(prompt, i, ids, log_probs, "stop", (), reward=g.choice((0.0, 0.3, 1.0))))
         samples[0].reward, samples[1].reward = 1.0, 0.0  # no group is all alike
         groups.append(Group(prompt, samples))
     groups[1].samples[2].reward = None

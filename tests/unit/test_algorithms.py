@@ -80,7 +80,7 @@ def test_bad_rewards_are_named():
 def test_assign_and_select():
     def samples(rewards):
         prompt = Prompt(id="p", token_ids=(1,), text="", answer="")
-        made = [Sample(prompt, i, [1], [0.0], "stop", 0, reward=r) for i, r in enumerate(rewards)]
+        made = [Sample(prompt, i, [1], [0.0], "stop", (), reward=r) for i, r in enumerate(rewards)]
         return Group(prompt, made)
 
     groups = [samples([1.0, None, 0.0]), samples([0.0, 0.0])]

@@ -30,8 +30,8 @@ BOTH = [(Config, RL), (SFTConfig, SFT)]
 
 def given(raw: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
     """`raw` with one more setting, in dotted form."""
-    section, _, name = key.partition(".")
-    return {**raw, section: {**raw.get(section, {}), name: value}}
+    name, _, rest = key.partition(".")
+    return {**raw, name: given(raw.get(name, {}), rest, value) if rest else value}
 
 
 def problems(raw: dict[str, Any], schema: type[Config] | type[SFTConfig] = Config) -> list[str]:

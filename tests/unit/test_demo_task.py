@@ -176,7 +176,7 @@ def test_the_files_go_through_the_loaders_and_the_reward(folder):
     assert text == f"<prompt>{rows(folder / 'sft.jsonl')[0]['prompt']}<answer>"
     keys = {"prompt_key": "prompt", "answer_key": "answer"}
     prompts = load_prompts(folder / "heldout.jsonl", tokenizer, **keys, apply_chat_template=True)
-    samples = [Sample(p, 0, [1], [0.0], "stop", 0, text=f"guess #{p.answer}") for p in prompts]
+    samples = [Sample(p, 0, [1], [0.0], "stop", (), text=f"guess #{p.answer}") for p in prompts]
     assert all(isinstance(p, Prompt) and 0 <= max(p.token_ids) < 49 for p in prompts)
     build_reward("hash_answer").score(samples)
     assert all(one.reward == 1.0 for one in samples)

@@ -53,7 +53,7 @@ def group(name: str, *samples: tuple[str, float | None, int, FinishReason]) -> G
     return Group(
         prompt,
         [
-            Sample(prompt, index, [1] * length, [0.0] * length, reason, 0, text=text, reward=reward)
+            Sample(prompt, index, [1] * length, [0.0] * length, reason, (), text=text, reward=reward)
             for index, (text, reward, length, reason) in enumerate(samples)
         ],
     )

@@ -18,7 +18,7 @@ from megatron_dgpo.observe.meters import PhaseTimer, Sums
 from megatron_dgpo.observe.metrics import MetricsWriter, is_timing, read_metrics, without_timings
 from megatron_dgpo.observe.run_info import versions, write_versions
 from megatron_dgpo.observe.samples import SampleWriter, read_samples
-from megatron_dgpo.types import Group, Prompt, Sample
+from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
 
 def row(step: int) -> dict[str, float]:
@@ -100,7 +100,7 @@ def test_tensorboard_holds_the_scalars_and_forgets_what_a_resume_repeats(tmp_pat
 
 def make_sample(prompt: Prompt, index: int, reward: float | None) -> Sample:
     return Sample(
-        prompt, index, [5, 6, 0], [-0.1, -1 / 3, -2.5], "stop", 12, "é\u2028ß", reward,
+        prompt, index, [5, 6, 0], [-0.1, -1 / 3, -2.5], "stop", (VersionSpan(12, 0, 3),), "é\u2028ß", reward,
         reward_parts={"format": 1.0}, reward_error="timed out" if reward is None else None, advantage=-0.5,
     )  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_samples_come_back_and_the_file_is_never_partial(tmp_path: Path) -> None
     assert rows[1] == {
         "step": 12, "prompt_id": "d:1", "index": 1, "prompt": "1+1?", "response": "é\u2028ß", "answer": "2",
         "reward": None, "reward_parts": {"format": 1.0}, "reward_error": "timed out", "advantage": -0.5,
-        "finish_reason": "stop", "weight_version": 12,
+        "finish_reason": "stop", "weight_versions": [[12, 0, 3]],
         "token_ids": [5, 6, 0], "log_probs": [-0.1, -1 / 3, -2.5],
     }  # fmt: skip
     groups[1].samples[0].reward_parts = {"broken": object()}  # type: ignore[dict-item]

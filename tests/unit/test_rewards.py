@@ -23,7 +23,7 @@ GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_test.js
 
 def sample(text: str, gold: str, finish_reason: FinishReason = "stop") -> Sample:
     prompt = Prompt(id="p:1", token_ids=(1,), text="", answer=gold)
-    return Sample(prompt, 0, [1], [0.0], finish_reason, 0, text=text)
+    return Sample(prompt, 0, [1], [0.0], finish_reason, (), text=text)
 
 
 def score(name: str, *samples: Sample) -> list[float | None]:

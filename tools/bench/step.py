@@ -111,7 +111,7 @@ def make_samples(args: argparse.Namespace, replica: int) -> list[Sample]:
     for i in range(args.sequences):
         prompt = Prompt(str(i), tuple(ids(args.prompt_tokens)), "", "")
         response = ids(args.response_tokens)
-        sample = Sample(prompt, 0, response, [-10.0] * len(response), "stop", 0, reward=float(i % 2))
+        sample = Sample(prompt, 0, response, [-10.0] * len(response), "stop", (), reward=float(i % 2))
         sample.advantage = 1.0 if i % 2 else -1.0
         samples.append(sample)
     return samples
