@@ -171,7 +171,7 @@ class SyncConfig(Section):
     in_flight: Literal["retract", "abort"] = "retract"
     """Samples that are being drawn while weights change: go on under the new ones, or start again."""
     probe_every: Count = 1
-    """Compare engine and trainer on a fixed prompt after every so many syncs; 0 never does."""
+    """Compare engine and trainer on fixed token ids after the sync of every so many steps; 0 never does."""
     max_log_prob_gap: NonNegative = 0.0
     """Mean difference in nats at which the probe ends the run; 0: 1e-3 in float32, 0.05 in bfloat16."""
     timeout_seconds: PositiveInt = 300

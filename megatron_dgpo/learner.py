@@ -163,6 +163,28 @@ def policy_stats(
     )
 
 
+def score_sequences(
+    policy: Policy, sequences: Sequence[Sequence[int]], *, max_tokens: int
+) -> list[list[float]]:
+    """The policy's log-probs of given token ids at temperature 1, on every rank; collective.
+
+    Entry t of a result is of token t + 1 after tokens 0..t, in nats.
+    """
+    groups = policy.groups
+    items = [PackItem(tuple(ids[:1]), list(ids[1:]), 0.0) for ids in sequences]
+    batches = pack(items, max_tokens=max_tokens, device=groups.device, min_batches=1)
+
+    def rows(hidden: Tensor, weight: Tensor, batch: PackedBatch) -> dict[int, list[float]]:
+        left = iter(policy_stats(policy, hidden, weight, batch).log_probs[batch.loss_mask_T].tolist())
+        return {i: [next(left) for _ in sequences[i][1:]] for i in batch.sample_ids if i >= 0}
+
+    found: dict[int, list[float]] = {}
+    for part in platform.gather_objects(policy.forward(batches, rows), groups.replica):
+        for scored in part:  # none before the last stage
+            found |= scored
+    return [found[i] for i in range(len(sequences))]
+
+
 def supervised_loss(policy: Policy) -> Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]:
     """Cross-entropy with the batch's coefficients, for `Policy.update`."""
 

@@ -10,14 +10,17 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.checks import AnyConfig
 from megatron_dgpo.cli import dump_toml
+from megatron_dgpo.config import Config
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.model import ModelShape, build_model
@@ -27,9 +30,11 @@ from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.observe.metrics import MetricsWriter
 from megatron_dgpo.observe.run_info import write_versions
 from megatron_dgpo.rewards import Reward
-from megatron_dgpo.rollout.collect import collect
+from megatron_dgpo.rollout.collect import Recover, collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
+from megatron_dgpo.rollout.sglang.engine import SGLangEngine
+from megatron_dgpo.rollout.sglang.fleet import Fleet
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
 
@@ -137,12 +142,36 @@ def build_policy(
     )
 
 
-def build_engine(config: AnyConfig, groups: platform.Groups) -> Engine:
+def build_engine(config: AnyConfig, groups: platform.Groups) -> EmbeddedEngine | SGLangEngine:
+    """The engine that the config names; collective."""
+    if isinstance(config, Config) and config.rollout.engine == "sglang":
+        return _sglang_engine(config, groups)
     return EmbeddedEngine(
         config.model.path,
         dtype=DTYPES[config.model.params_dtype],
         device=groups.device,
         max_batch_size=config.rollout.max_batch_size,
+    )
+
+
+def _sglang_engine(config: Config, groups: platform.Groups) -> SGLangEngine:
+    c, shape = config.rollout.sglang, ModelShape.from_folder(config.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    fleet = Fleet(
+        c,
+        groups,
+        model_path=config.model.path,
+        dtype=config.model.params_dtype,
+        log_folder=config.run.folder / "servers",
+    )
+    return SGLangEngine(
+        fleet,
+        groups,
+        c,
+        config.sync,
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
     )
 
 
@@ -157,12 +186,14 @@ class Evaluator:
         reward: Reward,
         prompts: Sequence[Prompt],
         stop_token_ids: tuple[int, ...],
+        recover: Recover | None = None,
     ) -> None:
         self._c = config.evaluation
         self._groups = groups
         self._engine = engine
         self._reward = reward
         self._prompts = prompts
+        self._recover = recover
         # The same random numbers at every evaluation: differences are the policy's.
         self._params = SamplingParams(
             max_new_tokens=config.rollout.max_new_tokens,
@@ -185,7 +216,13 @@ class Evaluator:
         share = len(self._prompts[world.rank() :: world.size()]) * params.n
         with console.phase(name, share) as bar:
             groups = collect(
-                self._engine, self._reward.score, self._prompts, params, world, on_progress=bar.update
+                self._engine,
+                self._reward.score,
+                self._prompts,
+                params,
+                world,
+                recover=self._recover,
+                on_progress=bar.update,
             )
         return summarize(groups, params.n, canonical_answer=self._reward.canonical_answer)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -19,11 +20,11 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms.surrogate import token_coefficients
 from megatron_dgpo.cli import refusals
-from megatron_dgpo.config import SFTConfig
+from megatron_dgpo.config import SFTConfig, SyncConfig
 from megatron_dgpo.data import PackItem, PromptCursor, load_supervised, pack
 from megatron_dgpo.data.supervised import SupervisedExample
 from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
-from megatron_dgpo.learner import supervised_loss
+from megatron_dgpo.learner import score_sequences, supervised_loss
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console, set_up_logging
 from megatron_dgpo.rewards import build_reward
@@ -150,7 +151,8 @@ def evaluate(
 ) -> None:
     """Held-out accuracy of the finished cold start."""
     engine = build_engine(config, groups)
-    WeightSync(policy.model, groups, engine).push(version=state.step)
+    score = partial(score_sequences, policy, max_tokens=config.train.max_tokens_per_microbatch)
+    WeightSync(policy.model, groups, engine, SyncConfig(), score).push(version=state.step)
     r = config.reward
     with build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers) as reward:
         evaluator = Evaluator(config, groups, engine, reward, data.heldout, data.stop_ids)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -22,7 +23,7 @@ from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptCursor, load_prompts
 from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
-from megatron_dgpo.learner import Learner, MiniBatch
+from megatron_dgpo.learner import Learner, MiniBatch, score_sequences
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.observe.console import Console, set_up_logging
 from megatron_dgpo.observe.meters import PhaseTimer, Sums
@@ -43,7 +44,7 @@ from megatron_dgpo.run import (
     restore_or_start,
 )
 from megatron_dgpo.types import Group, Prompt
-from megatron_dgpo.weights.sync import WeightSync
+from megatron_dgpo.weights.sync import Gap, WeightSync
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
     trainer = Trainer(config, groups, console, data)
     folder = RunFolder(config, groups)
     state = restore_or_start(trainer.policy, folder, console, resume=config.run.resume)
-    trainer.sync.push(version=state.step)
+    trainer.push(state.step)
     if state.step == 0:
         trainer.evaluate_when_due(state, folder)
 
@@ -95,7 +96,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
                 sums.merge(trainer.update(minibatches, folder))
             state.step += 1
             with trainer.timer("sync"):
-                trainer.sync.push(version=state.step)
+                trainer.push(state.step)
         trainer.record(state, folder, groups_by_minibatch, sums)
         trainer.evaluate_when_due(state, folder)
         stopping = stop.on_any_rank(groups)
@@ -116,6 +117,7 @@ class Trainer:
         self.config, self.groups, self.console = config, groups, console
         self.timer = PhaseTimer()
         c = config.train
+        self.gap: Gap | None = None
         self.prompts, self.stop_ids = data.prompts, data.stop_ids
         self.cursor = PromptCursor(
             len(self.prompts), c.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
@@ -135,14 +137,21 @@ class Trainer:
             max_tokens=c.max_tokens_per_microbatch,
         )
         self.engine = build_engine(config, groups)
-        self.sync = WeightSync(self.policy.model, groups, self.engine)
+        score = partial(score_sequences, self.policy, max_tokens=c.max_tokens_per_microbatch)
+        self.sync = WeightSync(self.policy.model, groups, self.engine, config.sync, score)
         self.reward = build_reward(
             config.reward.name,
             timeout_seconds=config.reward.timeout_seconds,
             num_workers=config.reward.num_workers,
         )
         self.heldout = data.heldout
-        self.evaluator = Evaluator(config, groups, self.engine, self.reward, data.heldout, self.stop_ids)
+        self.evaluator = Evaluator(
+            config, groups, self.engine, self.reward, data.heldout, self.stop_ids, self.sync.recover
+        )
+
+    def push(self, version: int) -> None:
+        """Give the engine the policy's weights, and note how far its log-probs are from the trainer's."""
+        self.gap = self.sync.push(version)
 
     def rollout(self, step: int) -> list[list[Group]]:
         """This replica's scored groups, by mini-batch, with their advantages."""
@@ -156,7 +165,13 @@ class Trainer:
         params = self.sampling(step)
         with self.console.phase("rollout", len(mine) * params.n // self.groups.replica.size()) as bar:
             generated = collect(
-                self.engine, self.reward.score, mine, params, self.groups.replica, on_progress=bar.update
+                self.engine,
+                self.reward.score,
+                mine,
+                params,
+                self.groups.replica,
+                recover=self.sync.recover,
+                on_progress=bar.update,
             )
         if self.config.reward.shuffle:
             shuffle_rewards(generated, seed=params.seed)
@@ -204,6 +219,8 @@ class Trainer:
         sums.merge(rollout_sums(generated, self.groups.dp.size()))
         metrics = merge_over_ranks(sums, self.groups) | self.timer.pop()
         metrics["tokens_per_second"] = metrics["response_tokens"] / metrics["time/step"]
+        if self.gap is not None:
+            metrics["sync_log_prob_gap"] = self.gap.mean
         metrics["memory/peak_rss_bytes"] = peak_memory_bytes(self.groups)
         folder.write_metrics(state.step, metrics, "train")
         if self.groups.rank == 0 and (wanted := self.config.observe.samples_per_step):

@@ -8,6 +8,7 @@ This module needs only the standard library; torch appears in annotations alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,3 +142,19 @@ class PackedBatch:
     @property
     def num_sequences(self) -> int:
         return int(self.cu_seqlens.shape[0]) - 1
+
+
+@dataclass
+class WeightBucket:
+    """Some of the policy's weights under their Hugging Face names, end to end in one buffer.
+
+    All have one dtype, so every offset is aligned.
+    """
+
+    names: list[str]
+    shapes: list[tuple[int, ...]]
+    dtype: torch.dtype
+    flat: torch.Tensor
+    """(numel,) of `dtype`, on the policy's device; used again for a later bucket once `in_use` is done."""
+    in_use: Callable[[], object] | None = None
+    """Set by who sends the bucket: waits until the buffer may be written again."""

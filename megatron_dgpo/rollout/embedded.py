@@ -266,6 +266,10 @@ class EmbeddedEngine:
                 out[k] = row[: len(token_ids[k]) - 1]
         return out
 
+    def probe(self, token_ids: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        """`log_probs` under the name of the one engine that this rank speaks for."""
+        return {"the embedded engine": self.log_probs(token_ids)}
+
     def _scoring_batches(self, lengths: list[int]) -> Iterator[list[int]]:
         """Runs of sequences of similar length within max_batch_size and the logits budget."""
         batch: list[int] = []

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from megatron_dgpo.types import Group, Prompt
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True)
@@ -86,23 +83,14 @@ class EnginesLost(RuntimeError):
 class Engine(Protocol):
     """Draws responses under the weights it was last given.
 
-    Each data-parallel replica has its own engine object and gives it that replica's prompts; an
-    engine knows nothing of the others.
+    Each rank has its own engine object and gives it its own prompts. Weights come in one of two ways:
+    whole, into an engine that lives in the rank (`update_weights`), or from the ranks that own them
+    into servers that all ranks share (`SGLangEngine.update_weights_by_stage`).
     """
 
     @property
     def weight_version(self) -> int:
         """The version of the weights in use; -1 before the first complete update."""
-        ...
-
-    def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Take a full set of weights under their Hugging Face names.
-
-        When it returns, everything generated afterwards comes from these weights and carries
-        `version`. Raises KeyError for names that are missing or unknown and ValueError for wrong
-        shapes or a version older than the one in use; after an error the engine refuses to generate
-        until an update succeeds.
-        """
         ...
 
     def generate(
@@ -121,6 +109,11 @@ class Engine(Protocol):
     def log_probs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Score given sequences at temperature 1: entry t of a result is the log-probability in nats
         of token t + 1 after tokens 0..t, so a sequence of T tokens has T - 1 entries."""
+        ...
+
+    def probe(self, token_ids: Sequence[Sequence[int]]) -> Mapping[str, list[list[float]]]:
+        """`log_probs` by each server that this rank speaks for, by its name. Over all ranks every server
+        answers once."""
         ...
 
     def close(self) -> None:

@@ -1,8 +1,9 @@
-"""The stream of Hugging Face tensors that every consumer of weights reads.
+"""The policy's weights under their Hugging Face names, as a stream of bounded pieces.
 
-Collective: every rank of a replica must run the stream to its end. Parameters travel in buckets of
-bounded size: one all-gather over TP and one broadcast over the pipeline a bucket, never the whole
-model at once.
+Parameters travel in buckets, never the whole model at once. `export_stream` hands every tensor to every
+rank of a replica: one all-gather over TP and one broadcast over the pipeline a bucket. `stage_buckets`
+leaves them where they are: each pipeline stage gets its own, flat, ready to be sent to servers.
+Both are collective: every rank of their groups must run them to the end.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dgpo import platform
-from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.mcore.model import ModelShape, PolicyModel
+from megatron_dgpo.types import WeightBucket
 from megatron_dgpo.weights.names import Entry, NameTable, global_name
 from megatron_dgpo.weights.shards import from_full, join
 
 DEFAULT_BUCKET_BYTES = 256 << 20
+Value = Callable[[Tensor], Tensor]
+"""Takes a parameter to the tensor of its shape that is exported: itself, or its gradient, say."""
 
 
 @dataclass(frozen=True)
@@ -50,58 +54,171 @@ def export_stream(
     groups: platform.Groups,
     *,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    value: Callable[[Tensor], Tensor] = Tensor.detach,
+    value: Value = Tensor.detach,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (Hugging Face name, full tensor) of the policy, on every rank, in one order.
 
-    `value` takes a parameter to the tensor of its shape that is exported: itself, or its gradient, say.
-    The tensors are in that one's dtype on the policy's device and are the consumer's to keep.
+    The tensors have the dtype of `value`'s, are on the policy's device and the consumer's to keep.
+    Raises KeyError for a parameter without a name, or a name that no stage holds.
     """
-    table = NameTable(model.shape.family, model.shape.num_layers, tied=model.shape.tied)
-    mine = {entry.megatron: value(p) for entry, p in local_entries(model, table)}
-    described = [_Item(n, tuple(t.shape), t.dtype, groups.pp.rank()) for n, t in mine.items()]
-    owned: dict[str, _Item] = {}
-    for stage_items in platform.gather_objects(described, groups.pp):
-        for item in stage_items:
-            owned.setdefault(item.name, item)  # a tied embedding has two owners; the first serves
-    if left_over := [e.megatron for e in table.entries if e.megatron not in owned]:
-        raise KeyError(f"no pipeline stage holds {left_over[0]!r}")
-    for bucket in _buckets([owned[e.megatron] for e in table.entries], bucket_bytes, groups.tp.size()):
-        shards = _deliver(bucket, mine, groups)
-        for item, parts in zip(bucket, shards, strict=True):
-            entry = table.from_megatron(item.name)
-            yield from zip(entry.hf, from_full(entry, join(entry, parts), model.shape), strict=True)
+    plan = _Plan(model, groups, value)
+    for items in _runs(plan.items, bucket_bytes, groups.tp.size()):
+        gather = _Gather(items, plan.mine, groups) if items[0].stage == groups.pp.rank() else None
+        gathered = gather.wait() if gather else _empty(items, groups)
+        if groups.pp.size() > 1:
+            dist.broadcast(gathered, dist.get_global_rank(groups.pp, items[0].stage), group=groups.pp)
+        yield from _tensors(items, gathered, plan)
 
 
-def _buckets(items: list[_Item], limit: int, tp: int) -> Iterator[list[_Item]]:
-    """Runs of consecutive items of one stage and dtype whose gathered size stays under the limit (or one
-    item)."""
-    bucket: list[_Item] = []
+def stage_buckets(
+    model: PolicyModel,
+    groups: platform.Groups,
+    *,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    value: Value = Tensor.detach,
+) -> Iterator[WeightBucket]:
+    """The tensors that this pipeline stage owns, in buckets, on every TP rank of the stage.
+
+    The call is collective over the pipeline, what it returns over the stage. The next bucket is gathered
+    while the consumer sends the present one. At most two exist: the gathered shards and what is being
+    sent, or, without shards to gather, two that are sent in turn.
+    """
+    plan = _Plan(model, groups, value)
+    mine = [i for i in plan.items if i.stage == groups.pp.rank()]
+    runs = list(_runs(mine, bucket_bytes, groups.tp.size()))
+    return (_local_buckets if groups.tp.size() == 1 else _gathered_buckets)(plan, runs, groups)
+
+
+def _local_buckets(plan: _Plan, runs: list[list[_Item]], groups: platform.Groups) -> Iterator[WeightBucket]:
+    buffers = _Buffers(2)
+    for items in runs:
+        bucket = buffers.next(items, groups)
+        _fill(bucket, (pair for i in items for pair in plan.hf_tensors(i, [plan.mine[i.name]])))
+        yield bucket
+    buffers.settle()
+
+
+def _gathered_buckets(
+    plan: _Plan, runs: list[list[_Item]], groups: platform.Groups
+) -> Iterator[WeightBucket]:
+    buffers = _Buffers(1)
+    gather = _Gather(runs[0], plan.mine, groups) if runs else None
+    for k, items in enumerate(runs):
+        assert gather is not None, "there is one for every run"
+        bucket = buffers.next(items, groups)
+        _fill(bucket, _tensors(items, gather.wait(), plan))
+        gather = None  # its buffer goes before the next one comes
+        gather = _Gather(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
+        yield bucket
+    buffers.settle()
+
+
+class _Plan:
+    """Who owns what: every parameter once, in the table's order, the same on every rank."""
+
+    def __init__(self, model: PolicyModel, groups: platform.Groups, value: Value) -> None:
+        self.shape: ModelShape = model.shape
+        self.table = NameTable(model.shape.family, model.shape.num_layers, tied=model.shape.tied)
+        self.mine = {entry.megatron: value(p) for entry, p in local_entries(model, self.table)}
+        described = [_Item(n, tuple(t.shape), t.dtype, groups.pp.rank()) for n, t in self.mine.items()]
+        owned: dict[str, _Item] = {}
+        for stage_items in platform.gather_objects(described, groups.pp):
+            for item in stage_items:
+                owned.setdefault(item.name, item)  # a tied embedding has two owners; the first serves
+        if left_over := [e.megatron for e in self.table.entries if e.megatron not in owned]:
+            raise KeyError(f"no pipeline stage holds {left_over[0]!r}")
+        self.items = [owned[e.megatron] for e in self.table.entries]
+
+    def hf_tensors(self, item: _Item, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        entry = self.table.from_megatron(item.name)
+        return zip(entry.hf, from_full(entry, join(entry, shards), self.shape), strict=True)
+
+
+def _runs(items: list[_Item], limit: int, tp: int) -> Iterator[list[_Item]]:
+    """Consecutive items of one stage and dtype whose gathered size stays under the limit (or one item)."""
+    run: list[_Item] = []
     size = 0
     for item in items:
-        item_bytes = item.numel * 4 * tp
-        alike = bucket and (item.stage, item.dtype) == (bucket[0].stage, bucket[0].dtype)
-        if bucket and (size + item_bytes > limit or not alike):
-            yield bucket
-            bucket, size = [], 0
-        bucket.append(item)
+        item_bytes = item.numel * item.dtype.itemsize * tp
+        alike = run and (item.stage, item.dtype) == (run[0].stage, run[0].dtype)
+        if run and (size + item_bytes > limit or not alike):
+            yield run
+            run, size = [], 0
+        run.append(item)
         size += item_bytes
-    if bucket:
-        yield bucket
+    if run:
+        yield run
 
 
-def _deliver(bucket: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> list[list[Tensor]]:
-    """The TP shards of each item, on every rank: gathered where they live, then sent along the pipeline."""
-    numel = sum(i.numel for i in bucket)
-    tp = groups.tp.size()
-    gathered = torch.empty(tp, numel, dtype=bucket[0].dtype, device=groups.device)
-    if bucket[0].stage == groups.pp.rank():
-        flat = torch.cat([mine[i.name].reshape(-1) for i in bucket])
-        if tp == 1:
-            gathered[0].copy_(flat)
-        else:
-            dist.all_gather(list(gathered.unbind(0)), flat, group=groups.tp)
-    if groups.pp.size() > 1:
-        dist.broadcast(gathered, dist.get_global_rank(groups.pp, bucket[0].stage), group=groups.pp)
-    per_rank = [row.split([i.numel for i in bucket]) for row in gathered.unbind(0)]
-    return [[per_rank[r][k].view(i.shape) for r in range(tp)] for k, i in enumerate(bucket)]
+def _empty(items: list[_Item], groups: platform.Groups) -> Tensor:
+    """(TP ranks, numel of all items) for their shards."""
+    numel = sum(i.numel for i in items)
+    return torch.empty(groups.tp.size(), numel, dtype=items[0].dtype, device=groups.device)
+
+
+class _Gather:
+    """The shards of some items on their way from all TP ranks of a stage to each of them."""
+
+    def __init__(self, items: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> None:
+        self.gathered = _empty(items, groups)
+        own = self.gathered[groups.tp.rank()]
+        for part, item in zip(own.split([i.numel for i in items]), items, strict=True):
+            part.copy_(mine[item.name].reshape(-1))
+        self._work: dist.Work | None = None
+        if groups.tp.size() > 1:
+            self._work = dist.all_gather_into_tensor(
+                self.gathered.view(-1), own, group=groups.tp, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """(TP ranks, numel)."""
+        if self._work is not None:
+            self._work.wait()
+        return self.gathered
+
+
+def _tensors(items: list[_Item], gathered: Tensor, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
+    """Hugging Face names and tensors of gathered shards."""
+    by_rank = [row.split([i.numel for i in items]) for row in gathered.unbind(0)]
+    for k, item in enumerate(items):
+        yield from plan.hf_tensors(item, [row[k].view(item.shape) for row in by_rank])
+
+
+class _Buffers:
+    """Flat buffers that are sent in turn; one is written again once it has been sent."""
+
+    def __init__(self, count: int) -> None:
+        self._last: list[WeightBucket | None] = [None] * count
+        self._turn = 0
+
+    def next(self, items: list[_Item], groups: platform.Groups) -> WeightBucket:
+        slot = self._turn % len(self._last)
+        self._turn += 1
+        old = self._last[slot]
+        if old is not None and old.in_use is not None:
+            old.in_use()
+        numel = sum(i.numel for i in items) * groups.tp.size()
+        flat = None if old is None or old.flat.dtype != items[0].dtype else old.flat
+        self._last[slot] = old = None
+        if flat is None or flat.untyped_storage().nbytes() < numel * flat.element_size():
+            flat = torch.empty(numel, dtype=items[0].dtype, device=groups.device)
+        bucket = WeightBucket([], [], items[0].dtype, flat)
+        self._last[slot] = bucket
+        return bucket
+
+    def settle(self) -> None:
+        for bucket in self._last:
+            if bucket is not None and bucket.in_use is not None:
+                bucket.in_use()
+
+
+def _fill(bucket: WeightBucket, named: Iterator[tuple[str, Tensor]]) -> None:
+    """Lay tensors end to end into the bucket's buffer, which becomes a view of what they take."""
+    whole = torch.empty(0, dtype=bucket.dtype, device=bucket.flat.device).set_(bucket.flat.untyped_storage())
+    end = 0
+    for name, tensor in named:
+        start, end = end, end + tensor.numel()
+        whole[start:end].copy_(tensor.reshape(-1))
+        bucket.names.append(name)
+        bucket.shapes.append(tuple(tensor.shape))
+    bucket.flat = whole[:end]

@@ -1,0 +1,236 @@
+"""SGLang servers as the one rollout engine of all ranks.
+
+Every rank sends its own prompts to all servers. Rank 0 starts and ends managed servers and opens and
+closes weight updates; on each pipeline stage of the first data-parallel replica, the first TP rank
+sends that stage's weights.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import SGLangConfig, SyncConfig
+from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.rollout.sglang.client import ServerGone, ServerTimeout, SGLangClient
+from megatron_dgpo.rollout.sglang.fleet import Fleet
+from megatron_dgpo.rollout.sglang.session import UpdateSession
+from megatron_dgpo.rollout.sglang.transport import Broadcast, SharedMemory, Transport
+from megatron_dgpo.types import Group, Prompt, WeightBucket
+
+log = logging.getLogger(__name__)
+
+_ATTEMPTS = 3
+"""Full weight updates that are tried, each after the servers that failed were replaced."""
+
+
+class WeightUpdateFailed(RuntimeError):
+    """The servers could not be given the weights; nothing may be generated any more."""
+
+
+class SGLangEngine:
+    """`Engine` over the servers of a run; built and closed by all ranks together.
+
+    It holds no usable weights until the first update, whatever the servers were started with. Which
+    random numbers a server draws is its own business: samples are not reproducible.
+
+    Args:
+        fleet: the servers, started on rank 0 (see `Fleet`).
+        decode: token ids to text, for the samples.
+        vocab_size, max_positions: of the model; ids and lengths beyond them are refused.
+
+    Raises:
+        ServerFailed: on every rank, where the servers do not come up or serve another model.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        groups: platform.Groups,
+        config: SGLangConfig,
+        sync: SyncConfig,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        vocab_size: int,
+        max_positions: int,
+    ) -> None:
+        self._fleet = fleet
+        self._groups = groups
+        self._config = config
+        self._timeout = sync.timeout_seconds
+        self._version = self._last_version = -1
+        self._group_number = 0
+        self._transport: Transport | None = None
+        self.client = SGLangClient(
+            list(fleet.ranks),
+            generate_url=config.router or None,
+            max_concurrency=max(1, config.max_concurrent_requests // groups.world_size),
+            request_timeout=config.request_timeout_seconds,
+            retries=config.retries,
+            decode=decode,
+            vocab_size=vocab_size,
+            max_positions=max_positions,
+        )
+        self._session = UpdateSession(
+            self.client, in_flight=sync.in_flight, timeout_seconds=sync.timeout_seconds
+        )
+
+    @property
+    def weight_version(self) -> int:
+        """The version of the weights in use; -1 before the first complete update."""
+        return self._version
+
+    def close(self) -> None:
+        """Leave the servers; those that this rank started are ended."""
+        self.client.close()
+        self._fleet.close()
+
+    # --- drawing ----------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> list[Group]:
+        """`params.n` samples for each prompt, groups in the order of the prompts.
+
+        Raises EnginesLost with what is complete when no server is left, ValueError for a prompt that
+        no server may see, RuntimeError without weights.
+        """
+        if self._version < 0:
+            raise RuntimeError("the engine has no complete weights: update them first")
+        return self.client.generate(prompts, params, on_progress=on_progress)
+
+    def probe(self, token_ids: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
+        """On rank 0, the log-probs of given sequences by every live server, by URL; none elsewhere."""
+        out = {}
+        for url in sorted(self.client.live) if self._groups.rank == 0 else ():
+            try:
+                out[url] = self.client.log_probs(url, token_ids)
+            except (ServerGone, ServerTimeout) as error:
+                self.client.mark_dead(url, str(error))
+        return out
+
+    def log_probs(self, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Score given sequences at temperature 1, by one of the servers."""
+        return self.client.log_probs(min(self.client.live), token_ids)
+
+    # --- weights ----------------------------------------------------------------------------------
+
+    def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> None:
+        """Give every server the weights; collective over all ranks.
+
+        Servers that died since are replaced first, and so are those that fail on the way, after which
+        the whole update is done again: a server never draws with weights of two versions.
+
+        Args:
+            buckets: what this rank's pipeline stage owns, gathered over TP, from the beginning.
+
+        Raises (on all ranks):
+            ValueError: for a version older than the one in use.
+            WeightUpdateFailed: a server refused the weights, or none could be kept alive.
+        """
+        if version < max(self._last_version, 0):
+            raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
+        self._version = -1
+        complete = False
+        self.client.hold()
+        try:
+            for _ in range(_ATTEMPTS):
+                self._heal()
+                if complete := self._attempt(buckets, version):
+                    break
+            else:
+                raise WeightUpdateFailed(f"weight version {version} did not arrive in {_ATTEMPTS} attempts")
+        finally:
+            if complete:
+                self._version = self._last_version = self.client.version = version
+            if self._groups.rank == 0:
+                self._session.resume(abort=not complete)
+            self.client.release()
+
+    def _attempt(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> bool:
+        """One whole update; whether all servers have it."""
+        speaks = self._groups.rank == 0
+        if speaks:
+            self._session.pause()
+        for stage in range(self._groups.pp.size()):
+            # One after the other: a server that joins one group is deaf for the next.
+            if self._is_source(stage) and self._transport is None:
+                self._transport = self._connect(stage)
+            if not self._agree():
+                return False
+        if speaks:
+            self._session.begin()
+        ok = self._agree()
+        mine = buckets() if ok and self._groups.dp.rank() == 0 else ()
+        for stage in range(self._groups.pp.size()):
+            if ok and self._groups.pp.rank() == stage:
+                self._send(mine, version)
+            ok = ok and self._agree()
+        if speaks and ok:
+            self._session.end()
+        return self._agree() and ok
+
+    def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
+        """Gather what this stage owns, to the end, and send it from its first TP rank."""
+        for bucket in buckets:
+            if self._transport is not None:
+                self._transport.send(bucket, version)
+        if self._transport is not None:
+            self._transport.finish()
+
+    def _is_source(self, stage: int) -> bool:
+        g = self._groups
+        return g.pp.rank() == stage and g.tp.rank() == 0 and g.dp.rank() == 0
+
+    def _connect(self, stage: int) -> Transport:
+        ranks = {url: size for url, size in self._fleet.ranks.items() if url in self.client.live}
+        if self._config.colocate:
+            return SharedMemory(self.client, ranks, timeout_seconds=self._timeout)
+        self._group_number += 1
+        return Broadcast(
+            self.client,
+            ranks,
+            name=f"megatron_dgpo-{self._fleet.id}-{stage}-{self._group_number}",
+            address=self._config.address,
+            device=self._groups.device,
+            timeout_seconds=self._timeout,
+        )
+
+    # --- servers that fail ------------------------------------------------------------------------
+
+    def _agree(self) -> bool:
+        """Tell all ranks which servers are dead; whether the update can go on.
+
+        Raises WeightUpdateFailed on all ranks when a server that lives refused its part of it.
+        """
+        transport = self._transport
+        refusals = {**self._session.refusals, **(transport.refusals if transport else {})}
+        failed = transport is not None and transport.failed
+        reports = platform.gather_objects((self.client.dead, refusals, failed), self._groups.world)
+        for dead, _, _ in reports:
+            for url, reason in dead.items():
+                self.client.mark_dead(url, reason)
+        if self.client.dead:
+            return False  # what others refused came of that
+        for _, refused, _ in reports:
+            for url, message in refused.items():
+                raise WeightUpdateFailed(f"{url} refused a weight update: {message}")
+        return not any(failed for _, _, failed in reports)
+
+    def _heal(self) -> None:
+        """Replace servers that are dead; a new set of servers gets new process groups."""
+        if self._groups.rank == 0:
+            for url, reason in self._fleet.exited().items():
+                self.client.mark_dead(url, reason)
+        if self._agree():
+            return
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
+        self._fleet.replace(self.client.dead)
+        self.client.set_servers(list(self._fleet.ranks))

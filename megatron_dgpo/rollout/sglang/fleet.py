@@ -1,0 +1,135 @@
+"""The servers of a run: started on rank 0's machine, or given by URL; the same list on every rank."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import SGLangConfig
+from megatron_dgpo.rollout.sglang.servers import ServerProcess, check_server, workers_of_router
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class FleetLost(RuntimeError):
+    """No server is left, or one cannot be started; the same on every rank."""
+
+
+class Fleet:
+    """Built, changed and closed by all ranks together; rank 0 acts and tells the others.
+
+    Args:
+        model_path: Hugging Face folder that managed servers start from, and given ones must match.
+        dtype: of managed servers: the trainer's.
+        log_folder: where managed servers' logs go.
+
+    Raises:
+        FleetLost: on every rank, where a server does not come up or serves another model.
+    """
+
+    def __init__(
+        self,
+        config: SGLangConfig,
+        groups: platform.Groups,
+        *,
+        model_path: Path,
+        dtype: str,
+        log_folder: Path,
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._model_path = model_path
+        self._dtype = dtype
+        self._log_folder = log_folder
+        self._managed = not (config.urls or config.router)
+        self._processes: dict[int, ServerProcess] = {}
+        self._restarts_left = config.launch.max_restarts
+        self.id: str
+        """Different for every run, so that process groups of two runs have different names."""
+        self.ranks: dict[str, int]
+        """URL of each server -> its tensor-parallel size."""
+        self.id, self.ranks = self._everywhere(lambda: (uuid.uuid4().hex[:8], self._open()))
+
+    def exited(self) -> dict[str, str]:
+        """Managed servers whose process has ended, by URL; on rank 0."""
+        return {p.url: p.death() for p in self._processes.values() if not p.is_alive()}
+
+    def replace(self, dead: Mapping[str, str]) -> None:
+        """Start managed servers again, drop the others. `dead`: URL -> why; the same on every rank.
+
+        Raises FleetLost on every rank when none is left.
+        """
+        self.ranks = self._everywhere(lambda: self._replaced(dead))
+
+    def close(self) -> None:
+        """End the servers that this process started."""
+        while self._processes:
+            self._processes.popitem()[1].stop()
+
+    def _everywhere(self, action: Callable[[], T]) -> T:
+        """What the action gives on rank 0, on every rank; its failure too."""
+        outcome: tuple[Any, str | None] | None = None
+        cause: Exception | None = None
+        if self._groups.rank == 0:
+            try:
+                outcome = action(), None
+            except Exception as error:
+                self.close()
+                outcome, cause = (None, str(error)), error
+        value, message = platform.gather_objects(outcome, self._groups.world)[0]
+        if message is not None:
+            raise FleetLost(message) from cause
+        return value
+
+    def _open(self) -> dict[str, int]:
+        if self._config.router or self._config.urls:
+            urls = workers_of_router(self._config.router) if self._config.router else self._config.urls
+            return {url: check_server(url, self._model_path) for url in urls}
+        return self._launch(range(self._config.launch.count))
+
+    def _launch(self, numbers: Iterable[int]) -> dict[str, int]:
+        """Start servers side by side and wait for all; a server's number chooses devices and log file."""
+        launch = self._config.launch
+        started = {}
+        for n in numbers:
+            started[n] = self._processes[n] = ServerProcess(
+                self._model_path,
+                launch,
+                number=n,
+                dtype=self._dtype,
+                log_file=self._log_folder / f"server_{n}.log",
+                colocate=self._config.colocate,
+            )
+        for process in started.values():
+            process.wait_ready(launch.startup_timeout_seconds)
+        for process in started.values():
+            check_server(process.url, self._model_path)
+        return {p.url: launch.tensor_parallel_size for p in started.values()}
+
+    def _replaced(self, dead: Mapping[str, str]) -> dict[str, int]:
+        left = {url: size for url, size in self.ranks.items() if url not in dead}
+        again = []
+        for n, process in list(self._processes.items()):
+            if process.url not in dead:
+                continue
+            process.stop()
+            del self._processes[n]
+            if self._restarts_left:
+                self._restarts_left -= 1
+                log.warning("starting SGLang server %s again (%s)", process.url, dead[process.url])
+                again.append(n)
+            else:
+                log.warning("SGLang server %s stays dead: no restarts are left", process.url)
+        for url in dead:
+            if not self._managed:
+                log.warning("SGLang server %s is dropped for the rest of the run (%s)", url, dead[url])
+        left |= self._launch(again)
+        if not left:
+            reasons = "; ".join(f"{url}: {reason}" for url, reason in dead.items())
+            raise FleetLost(f"no SGLang server is left ({reasons})")
+        return left

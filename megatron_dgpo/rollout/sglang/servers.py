@@ -1,0 +1,314 @@
+"""SGLang server processes that the run starts, and what is asked of servers before they are used."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import LaunchConfig
+from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
+
+log = logging.getLogger(__name__)
+
+_HOST = "127.0.0.1"
+_POLL_SECONDS = 0.25
+_REPORT_SECONDS = 15.0
+_END_SECONDS = 10.0
+_TAIL_LINES = 15
+_PORT_TRIES = 3
+_TORCHRUN = (
+    "RANK",
+    "WORLD_SIZE",
+    "MASTER_",
+    "LOCAL_",
+    "GROUP_",
+    "ROLE_",
+    "TORCHELASTIC_",
+    "PYTHON",
+    "VIRTUAL_ENV",
+)
+"""Variables of the trainer's processes that would mislead a server's."""
+
+_CPU_ARGS: dict[str, Any] = dict(
+    device="cpu",
+    attention_backend="torch_native",
+    sampling_backend="pytorch",
+    grammar_backend="none",
+    disable_cuda_graph=True,
+    disable_overlap_schedule=True,
+    disable_radix_cache=True,
+    max_total_tokens=32768,  # SGLang's own choice is all of the machine's memory
+    max_running_requests=64,
+)
+_CPU_ENVIRONMENT = {WITHOUT_GPU: "1", "SGLANG_USE_CPU_ENGINE": "1"}
+
+
+class ServerFailed(RuntimeError):
+    """A server did not come up, or is not what the run needs."""
+
+
+class ServerProcess:
+    """One managed server; its process starts at once, in a session of its own.
+
+    It serves random weights of the right shapes until the first sync. It ends with `stop`, and with the
+    process that made it, however that ends.
+
+    Args:
+        model_path: Hugging Face folder; only its config is read.
+        number: of the server in the run, from 0; chooses its devices.
+        dtype: of weights and activations.
+        log_file: the server's output is appended to it.
+        colocate: on the trainer's GPUs, with memory that can be given up.
+
+    Raises:
+        ServerFailed: where the interpreter is missing.
+    """
+
+    def __init__(
+        self,
+        model_path: Path,
+        launch: LaunchConfig,
+        *,
+        number: int,
+        dtype: str,
+        log_file: Path,
+        colocate: bool = False,
+    ) -> None:
+        if not launch.python.is_file():
+            raise ServerFailed(
+                f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it, "
+                "or name the interpreter of an environment that has SGLang"
+            )
+        self._model_path = model_path
+        self._launch = launch
+        self._number = number
+        self._dtype = dtype
+        self._colocate = colocate
+        self.log_file = log_file
+        self._tries = 0
+        self._start()
+
+    @property
+    def url(self) -> str:
+        return f"http://{_HOST}:{self._port}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def _start(self) -> None:
+        self._tries += 1
+        self._port = int(self._launch.args.get("port", 0)) or _free_port()
+        self.log_file.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(self._launch.python.absolute()), str(Path(__file__).with_name("launcher.py"))]
+        command += command_line(self._arguments())
+        with self.log_file.open("ab") as output:
+            output.write(f"\n== {' '.join(command)}\n".encode())
+            output.flush()
+            self._log_start = output.tell()
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,  # its end is the sign that this process is gone
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,
+            )
+
+    def _arguments(self) -> dict[str, Any]:
+        gpu = platform.has_gpu()
+        first = self._number * self._launch.tensor_parallel_size
+        own: dict[str, Any] = dict(
+            model_path=self._model_path,
+            host=_HOST,
+            tp_size=self._launch.tensor_parallel_size,
+            dtype=self._dtype,
+            load_format="dummy",  # the first sync brings the weights
+            skip_tokenizer_init=True,
+        )
+        if gpu and self._colocate:
+            own |= dict(enable_memory_saver=True, base_gpu_id=first)
+        return {**({} if gpu else _CPU_ARGS), **own, **self._launch.args, "port": self._port}
+
+    def _environment(self) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+        env |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONUNBUFFERED="1")
+        env["PYTHONSAFEPATH"] = "1"  # the launcher's neighbours are none of the server's modules
+        if not platform.has_gpu():
+            return env | _CPU_ENVIRONMENT
+        if not self._colocate:
+            size = self._launch.tensor_parallel_size
+            devices = self._launch.devices or range((self._number + 1) * size)
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(
+                str(d) for d in devices[self._number * size : (self._number + 1) * size]
+            )
+        return env
+
+    def wait_ready(self, timeout: float) -> None:
+        """Until it answers.
+
+        Raises ServerFailed, with the end of its log, when it ends or takes longer than `timeout` seconds.
+        """
+        started = reported = time.monotonic()
+        while not answers(self.url + "/health"):
+            now = time.monotonic()
+            if not self.is_alive():
+                if "port" not in self._launch.args and self._tries < _PORT_TRIES and self._port_was_taken():
+                    log.info("port %d was taken meanwhile; starting the server on another", self._port)
+                    self._start()
+                    continue
+                raise ServerFailed(self.death())
+            if now - started > timeout:
+                self.stop()
+                raise ServerFailed(
+                    f"SGLang server {self.url} did not answer in {timeout:g} s "
+                    f"(rollout.sglang.launch.startup_timeout_seconds){self._tail()}"
+                )
+            if now - reported > _REPORT_SECONDS:
+                reported = now
+                log.info(
+                    "waiting for SGLang server %s: %.0f s; log: %s", self.url, now - started, self.log_file
+                )
+            time.sleep(_POLL_SECONDS)
+
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def death(self) -> str:
+        """Why it ended, as far as its log says."""
+        return f"SGLang server {self.url} ended with status {self._process.poll()}{self._tail()}"
+
+    def stop(self) -> None:
+        """End the server and every process that it started."""
+        family = _family(self._process.pid)
+        if self.is_alive():
+            self._process.terminate()
+            try:
+                self._process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                log.info("SGLang server %s did not end by itself", self.url)
+        for member in family:
+            try:
+                member.kill()
+            except psutil.NoSuchProcess:
+                pass
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+        psutil.wait_procs(family, timeout=_END_SECONDS)
+
+    def _port_was_taken(self) -> bool:
+        text = self._output().lower()
+        return "address already in use" in text or "port" in text and "in use" in text
+
+    def _output(self) -> str:
+        """What this start has logged."""
+        with self.log_file.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode(errors="replace")
+
+    def _tail(self) -> str:
+        lines = self._output().splitlines()[-_TAIL_LINES:]
+        return f"; the end of {self.log_file}:\n" + "\n".join(lines)
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        # Its children have another parent by now, but the session is still theirs.
+        return [p for p in psutil.process_iter() if _session_of(p.pid) == pid]
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
+
+
+def command_line(arguments: Mapping[str, Any]) -> list[str]:
+    """{"tp_size": 2, "disable_radix_cache": True, "cuda_graph_bs": [1, 2]} as SGLang's options."""
+    words: list[str] = []
+    for name, value in arguments.items():
+        option = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(option)
+        elif isinstance(value, Sequence) and not isinstance(value, str):
+            words += [option, *map(str, value)]
+        elif value is not False and value is not None:
+            words += [option, str(value)]
+    return words
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind((_HOST, 0))
+        return int(s.getsockname()[1])
+
+
+# --- what is asked of any server --------------------------------------------------------------------
+
+
+def check_server(url: str, model_path: Path) -> int:
+    """The tensor-parallel size of a server that serves the model of this folder.
+
+    Raises ServerFailed where it does not answer, serves another model, or replicates it.
+    """
+    served = _get(url, "/model_info", "/get_model_info")
+    info = _get(url, "/server_info", "/get_server_info")
+    wanted = json.loads((model_path / "config.json").read_text())
+    for key in ("model_type", "architectures"):
+        if served.get(key) is not None and served[key] != wanted.get(key):
+            raise ServerFailed(
+                f"{url} serves {served.get('model_path')}, whose {key} is {served[key]!r}; "
+                f"the run's model, {model_path}, has {wanted.get(key)!r}"
+            )
+    if info.get("dp_size", 1) != 1:
+        raise ServerFailed(f"{url} has dp_size {info['dp_size']}: weights can be sent to servers with 1 only")
+    return int(info.get("tp_size", 1))
+
+
+def workers_of_router(url: str) -> list[str]:
+    """The servers behind an sglang-router. Raises ServerFailed where there are none."""
+    found = _get(url, "/workers", "/list_workers")
+    workers = [w["url"] for w in found["workers"]] if "workers" in found else found.get("urls", [])
+    if not workers:
+        raise ServerFailed(f"rollout.sglang.router: {url} has no workers")
+    return [w.rstrip("/") for w in workers]
+
+
+def answers(url: str, timeout: float = 5.0) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            return response.status == 200
+    except OSError:
+        return False
+
+
+def _get(url: str, *paths: str) -> dict[str, Any]:
+    """The answer of the first of the paths that the server knows."""
+    for path in paths:
+        try:
+            with urllib.request.urlopen(url + path, timeout=30) as response:
+                value = json.load(response)
+                return value if isinstance(value, dict) else {}
+        except urllib.error.HTTPError as error:
+            if error.code != 404:
+                raise ServerFailed(f"{url}{path} answered {error.code}") from error
+        except (OSError, ValueError) as error:
+            raise ServerFailed(f"{url} does not answer as an SGLang server does: {error}") from error
+    raise ServerFailed(f"{url} has none of {', '.join(paths)}: is it an SGLang server?")
