@@ -1,25 +1,30 @@
 # make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
 # make test         the tests
+# make sglang       SGLang in an environment of its own, without a GPU
 # make lint         ruff and mypy
 # make bench        step time against TRL
 #
 # PYTHON    interpreter that makes .venv (3.11 or newer)
 # PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
+# ENGINE    of the quick start: embedded (default), or sglang for real servers
 
 PYTHON ?= python3
 PIP_ARGS ?=
+ENGINE ?= embedded
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+SGLANG := .venv-sglang
+SGLANG_STAMP := $(SGLANG)/.installed
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: quickstart test lint bench
+.PHONY: quickstart test lint bench sglang
 
-quickstart: $(STAMP)
-	$(RUN) bash examples/quickstart/run.sh
+quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
+	$(RUN) QUICKSTART_ENGINE=$(ENGINE) bash examples/quickstart/run.sh
 
-test: $(STAMP)
+test: $(STAMP) $(SGLANG_STAMP)
 	$(RUN) pytest tests
 
 lint: $(STAMP)
@@ -29,6 +34,13 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) python tools/bench/vs_trl.py
+
+sglang: $(SGLANG_STAMP)
+
+$(SGLANG_STAMP): requirements-sglang-cpu.txt
+	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	$(SGLANG)/bin/pip install --quiet --no-deps $(PIP_ARGS) -r requirements-sglang-cpu.txt
+	touch $@
 
 $(STAMP): requirements-cpu.txt setup.py pyproject.toml megatron_dgpo/data/_packing.cpp
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
