@@ -12,7 +12,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.config import Config, SFTConfig
+from megatron_dgpo.config import Config, LaunchConfig, SFTConfig
 
 AnyConfig = Config | SFTConfig
 
@@ -30,6 +30,8 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     if world_size % replica == 0:
         problems += _batches(config, world_size // replica)
     problems += _model(config)
+    if isinstance(config, Config) and config.rollout.engine == "sglang":
+        problems += _sglang(config)
     return problems
 
 
@@ -73,6 +75,57 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"
+
+
+def _sglang(config: Config) -> Iterator[str]:
+    c, given = config.rollout.sglang, []
+    if c.urls:
+        given.append("rollout.sglang.urls")
+    if c.router:
+        given.append("rollout.sglang.router")
+    if len(given) > 1:
+        yield f"{given[1]}: rollout.sglang.urls is set too; the workers are asked of the router"
+    for url in (*c.urls, *([c.router] if c.router else [])):
+        if not url.startswith("http") or url.endswith("/"):
+            yield f"{given[0]}: {url!r} is not an address such as 'http://127.0.0.1:30000'"
+    if len(set(c.urls)) < len(c.urls):
+        yield "rollout.sglang.urls: a server occurs twice"
+    if given and c.colocate:
+        yield f"rollout.sglang.colocate: needs servers that the run starts; {given[0]} is set"
+    yield from _launch(c.launch, managed=not given)
+    limit = config.parallel.timeout_seconds
+    for key, seconds in (
+        ("rollout.sglang.request_timeout_seconds", c.request_timeout_seconds),
+        ("sync.timeout_seconds", config.sync.timeout_seconds),
+        ("rollout.sglang.launch.startup_timeout_seconds", 0 if given else c.launch.startup_timeout_seconds),
+    ):
+        if seconds >= limit:
+            yield (
+                f"{key}: {seconds:g} must be below parallel.timeout_seconds {limit}, or the ranks that wait "
+                "for this one give up first"
+            )
+
+
+def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
+    if not managed:
+        return
+    if not launch.python.is_file():
+        yield (
+            f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it, or name "
+            "the interpreter of an environment that has SGLang"
+        )
+    needed = launch.count * launch.tensor_parallel_size
+    if launch.devices and len(launch.devices) != needed:
+        yield (
+            f"rollout.sglang.launch.devices: {len(launch.devices)} GPUs for {launch.count} servers of "
+            f"{launch.tensor_parallel_size}, which take {needed}"
+        )
+    if launch.count > 1 and "port" in launch.args:
+        yield f"rollout.sglang.launch.args: {launch.count} servers cannot have one port"
+    for name, key in (("tp_size", "tensor_parallel_size"), ("dtype", ""), ("host", ""), ("model_path", "")):
+        if name in launch.args:
+            follows = f"rollout.sglang.launch.{key}" if key else "the run"
+            yield f"rollout.sglang.launch.args: {name} follows from {follows} and cannot be set"
 
 
 def _files(config: AnyConfig) -> Iterator[str]:

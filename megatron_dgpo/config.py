@@ -124,7 +124,7 @@ class LaunchConfig(Section):
     """Interpreter of the environment that SGLang is installed in (`make sglang`)."""
     args: dict[str, Any] = {}
     """More arguments of sglang.launch_server by name, such as mem_fraction_static = 0.8."""
-    startup_timeout_seconds: PositiveInt = 900
+    startup_timeout_seconds: PositiveInt = 540
     """How long a server may take until it answers."""
     max_restarts: Count = 3
     """How many times servers that died are started again, over the whole run."""
@@ -139,7 +139,7 @@ class SGLangConfig(Section):
     """Servers that the run starts."""
     max_concurrent_requests: PositiveInt = 256
     """Samples in flight at a server, from all ranks together."""
-    request_timeout_seconds: Positive = 1800.0
+    request_timeout_seconds: Positive = 540.0
     """A sample that takes longer counts as a failure of its server."""
     retries: Count = 3
     """How many times a request that failed is sent again, with growing pauses."""

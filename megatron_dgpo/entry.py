@@ -69,9 +69,10 @@ def _used_folder(config: AnyConfig) -> Iterator[str]:
         )
 
 
-_MAY_CHANGE = {"run", "parallel", "ddp", "checkpoint", "observe"}
+_MAY_CHANGE = {"run", "parallel", "ddp", "checkpoint", "observe", "sync"}
 _MAY_CHANGE_KEYS = {
     *("train.steps", "train.max_tokens_per_microbatch", "evaluation.every", "rollout.max_batch_size"),
+    *("rollout.engine", "rollout.sglang"),
     *("reward.timeout_seconds", "reward.num_workers", "model.layer_spec", "model.transformer"),
 }
 

@@ -6,6 +6,8 @@
 #   QUICKSTART_SHORT   1: a few steps of everything, to see that it works
 #   QUICKSTART_OUT     folder (runs/quickstart/seed<seed>)
 #   QUICKSTART_RUN     name of the RL run in it (dgpo)
+#   QUICKSTART_ENGINE  embedded (default), or sglang: rollouts from a real SGLang server, which gets the
+#                      weights by broadcast after every step (`make sglang` installs it)
 #
 # More words go to the DGPO run, such as: examples/quickstart/run.sh --algorithm.tau 0.5
 # Started again, it goes on where it was ended.
@@ -16,7 +18,8 @@ seed="${QUICKSTART_SEED:-1}"
 nproc="${QUICKSTART_NPROC:-2}"
 short="${QUICKSTART_SHORT:-}"
 out="${QUICKSTART_OUT:-runs/quickstart/seed$seed${short:+-short}}"
-run="${QUICKSTART_RUN:-dgpo}"
+engine="${QUICKSTART_ENGINE:-embedded}"
+run="${QUICKSTART_RUN:-dgpo$([ "$engine" = embedded ] || echo "-$engine")}"
 here=examples/quickstart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -25,6 +28,10 @@ if [ -n "$short" ]; then
     data_size=(--traces 2000 --train-prompts 256 --heldout-prompts 32)
     sft_size=(--train.steps 60)
     rl_size=(--train.steps 4 --evaluation.every 2 --checkpoint.every 2)
+fi
+engine_args=()
+if [ "$engine" = sglang ]; then
+    engine_args=("$here/sglang.toml")
 fi
 launch() { torchrun --standalone --shutdown-timeout 120 --nproc-per-node "$nproc" "$@"; }
 
@@ -40,7 +47,7 @@ launch -m megatron_dgpo.sft "$here/sft.toml" --resume --run.seed "$seed" \
     --data.train "[\"$out/data/sft.jsonl\"]" "${sft_size[@]}"
 
 echo "== 3/3 DGPO: 32 prompts x 8 samples a step, vocabulary sharded over $nproc processes"
-launch -m megatron_dgpo.train "$here/dgpo.toml" --resume --run.seed "$seed" \
+launch -m megatron_dgpo.train "$here/dgpo.toml" "${engine_args[@]}" --resume --run.seed "$seed" \
     --run.folder "$out/$run" --model.path "$out/coldstart/hf" \
     --data.train "[\"$out/data/train.jsonl\"]" --evaluation.data "[\"$out/data/heldout.jsonl\"]" \
     "${rl_size[@]}" "$@"
