@@ -81,6 +81,8 @@ class _Sender:
     def settle(self) -> None:
         """Wait for the answers; at the first failure break off and find out who is still there."""
         answers, self._answers = self._answers, {}
+        if not answers:
+            return
         wait_for(answers.values(), return_when=FIRST_EXCEPTION)
         if not any(a.done() and a.exception() for a in answers.values()):
             self.answered()
@@ -185,7 +187,7 @@ class Broadcast(_Sender):
         self._drop_group()
 
     def _drop_group(self) -> None:
-        group, self._group = self._group, None
+        group, self._group, self._work = self._group, None, None
         if group is not None:
             group.abort()
             dist.destroy_process_group(group)

@@ -1,0 +1,142 @@
+"""Weights into real SGLang servers, from trainers of several splits, and what happens when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import sync_ranks
+from spawn import run_ranks
+from tiny import write_model
+
+from megatron_dgpo.config import LaunchConfig
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+
+FAMILIES = {"qwen2": {"tied": True}}
+SPLITS = [{"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2}]
+"""On four ranks, so that the last two have a second replica that sends nothing."""
+BOUND = 1e-4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("models")
+    return {name: write_model(root / name, **how) for name, how in FAMILIES.items()}
+
+
+@pytest.fixture(scope="module")
+def servers(
+    folders: dict[str, Path], sglang_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, ServerProcess]]:
+    """A server of each family, and another of the first, started side by side with the folders' weights."""
+    logs = tmp_path_factory.mktemp("logs")
+    launch = LaunchConfig(python=sglang_python, args={"load_format": "auto"})
+    wanted = {**folders, "second": folders["qwen2"]}
+    made: dict[str, ServerProcess] = {}
+    try:
+        for n, (name, folder) in enumerate(wanted.items()):
+            made[name] = ServerProcess(
+                folder, launch, number=n, dtype="float32", log_file=logs / f"{name}.log"
+            )
+        for server in made.values():
+            server.wait_ready(180)
+        yield made
+    finally:
+        for server in made.values():
+            server.stop()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engines_have_the_trainers_weights(
+    family: str, folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    urls = [servers[family].url] + ([servers["second"].url] if family == "qwen2" else [])
+    results = run_ranks(sync_ranks.syncs_at_splits, 4, folders[family], tuple(urls), SPLITS, timeout=240)[0]
+    assert [count for count, *_ in results] == [0, 1, 5, 1, 5, 1, 5]
+    for count, from_transformers, from_trainer in results:
+        assert from_transformers <= BOUND and from_trainer <= BOUND, (count, results)
+
+
+def test_another_model_is_refused(
+    folders: dict[str, Path], servers: dict[str, ServerProcess], tmp_path: Path
+) -> None:
+    url = servers["second"].url
+    wider = write_model(tmp_path / "wider", tied=True, hidden_size=64)
+    (error,) = run_ranks(sync_ranks.refused, 1, wider, url)
+    assert error.startswith("WeightUpdateFailed") and url in error, error
+    # The same shapes; only the log-probs can tell.
+    other = tmp_path / "rope"
+    shutil.copytree(folders["qwen2"], other)
+    hf = json.loads((other / "config.json").read_text())
+    hf["rope_parameters"]["rope_theta"] *= 3
+    (other / "config.json").write_text(json.dumps(hf))
+    (error,) = run_ranks(sync_ranks.refused, 1, other, url)
+    assert error.startswith("SyncMismatch") and url in error and "sync.max_log_prob_gap" in error, error
+
+
+def test_given_servers_that_die_are_dropped(
+    folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    """The last test of this module that uses these servers: it ends them."""
+    urls = (servers["qwen2"].url, servers["second"].url)
+    (seen,) = run_ranks(sync_ranks.given_servers_that_die, 1, folders["qwen2"], urls, timeout=200)
+    assert seen["left"] == [urls[1]]
+    assert max(seen["difference"]) <= BOUND
+    assert seen["seconds"] < 60
+    assert seen["generate"].startswith("EnginesLost") and urls[1] in seen["generate"]
+    assert seen["push"].startswith("FleetLost") and urls[1] in seen["push"]
+
+
+def test_a_managed_server_that_dies_is_started_again(folders: dict[str, Path], sglang_python: Path) -> None:
+    (seen,) = run_ranks(
+        sync_ranks.managed_server_killed_twice, 1, folders["qwen2"], sglang_python, timeout=400
+    )
+    assert seen["prompts"] == [f"p{i}" for i in range(16)]
+    assert seen["samples"] == [2] * 16
+    assert seen["versions"] == {3}
+    assert max(seen["difference"]) <= BOUND
+    assert seen["restarts"] == 2
+    assert not _servers_of(folders["qwen2"] / "servers")
+
+
+def test_a_server_that_waits_in_a_broadcast_ends_with_the_trainer(
+    folders: dict[str, Path], sglang_python: Path, tmp_path: Path
+) -> None:
+    note = tmp_path / "pid"
+    command = [sys.executable, sync_ranks.__file__, str(folders["qwen2"]), str(sglang_python), str(note)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    trainer = subprocess.Popen(command, env=env)
+    try:
+        deadline = time.monotonic() + 200
+        while not note.exists():
+            assert trainer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        server = psutil.Process(int(note.read_text()))
+        family = [server, *server.children(recursive=True)]
+        assert len(family) > 1
+    finally:
+        trainer.send_signal(signal.SIGKILL)
+        trainer.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
+
+
+def _servers_of(log_folder: Path) -> list[int]:
+    """Processes that still write to logs in this folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if any(f.path.startswith(str(log_folder)) for f in process.open_files()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
