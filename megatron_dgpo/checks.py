@@ -173,9 +173,11 @@ def _model(config: AnyConfig) -> Iterator[str]:
 
 
 def missing_number(hf: Mapping[str, Any]) -> str | None:
-    """The first of the sizes that every family's config.json gives, and this one does not."""
+    """The first of the sizes that every family's config.json gives, and this one does not (two may be
+    absent)."""
     names = ["num_attention_heads", "num_hidden_layers", "hidden_size", "intermediate_size"]
     names += ["vocab_size", "max_position_embeddings"]
+    names += [name for name in ("num_key_value_heads", "head_dim") if hf.get(name) is not None]
     return next((name for name in names if type(hf.get(name)) is not int), None)
 
 
@@ -183,8 +185,7 @@ def _split(config: AnyConfig, hf: dict[str, Any]) -> Iterator[str]:
     tp = config.parallel.tensor_model_parallel_size
     pp = config.parallel.pipeline_model_parallel_size
     heads, layers = hf["num_attention_heads"], hf["num_hidden_layers"]
-    for what, count in (
-        ("attention heads", heads),
+    for what, count in (  # attention heads are a multiple of key/value heads
         ("key/value heads", hf.get("num_key_value_heads") or heads),
         ("MLP columns", hf["intermediate_size"]),
     ):

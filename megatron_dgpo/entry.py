@@ -25,8 +25,9 @@ from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, r
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
 from megatron_dgpo.mcore.layers import have_transformer_engine
-from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS, SUPPORTED, ModelShape
+from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS
 from megatron_dgpo.mcore.policy import OWNED_DDP_FIELDS, OWNED_OPTIMIZER_FIELDS
 from megatron_dgpo.rewards import reward_names
 from megatron_dgpo.types import Prompt
@@ -100,7 +101,7 @@ def _resumed_run(config: AnyConfig) -> Iterator[str]:
 
 def _model_family(config: AnyConfig) -> Iterator[str]:
     hf = read_json(config.model.path / "config.json")
-    if isinstance(hf, str) or (hf.get("model_type") in SUPPORTED and missing_number(hf)):
+    if isinstance(hf, str) or (hf.get("model_type") in FAMILIES and missing_number(hf)):
         return  # megatron_dgpo.checks says so
     try:
         ModelShape.from_hf(hf)

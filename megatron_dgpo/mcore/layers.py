@@ -128,9 +128,16 @@ class PackedSelfAttention(SelfAttention):
         return self.linear_proj(out.unsqueeze(1))
 
 
-def torch_layer_spec() -> TransformerBlockSubmodules | ModuleSpec:
-    """A dense pre-norm decoder layer with grouped-query attention and a gated MLP."""
+def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpec:
+    """A dense pre-norm decoder layer with grouped-query attention and a gated MLP.
+
+    With `qk_norm` each query and key head is normed over D before it is rotated. All TP ranks hold the
+    same D weights, and each sees its own heads alone: Megatron sums their gradients over TP by the
+    names q_layernorm and k_layernorm, with sequence parallelism or without, where the config's
+    qk_layernorm is set.
+    """
     backend = LocalSpecProvider()
+    head_norm = RMSNorm if qk_norm else None
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -142,8 +149,8 @@ def torch_layer_spec() -> TransformerBlockSubmodules | ModuleSpec:
                     linear_qkv=backend.column_parallel_linear(),
                     core_attention=PackedSDPA,
                     linear_proj=backend.row_parallel_linear(),
-                    q_layernorm=None,
-                    k_layernorm=None,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
@@ -181,6 +188,9 @@ def block_spec(
     if choice == "transformer_engine" and not have_te:
         raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
     if choice == "transformer_engine" or (choice == "auto" and have_te):
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(), False
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm
+        ), False
+    layer = torch_layer_spec(qk_norm=config.qk_layernorm)
     layers = get_num_layers_to_build(config)
-    return TransformerBlockSubmodules(layer_specs=[torch_layer_spec()] * layers, layer_norm=RMSNorm), True
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm), True

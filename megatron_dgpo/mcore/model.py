@@ -1,4 +1,4 @@
-"""A Hugging Face config becomes a Megatron GPTModel that hands out hidden states.
+"""A Megatron GPTModel of a Hugging Face model's shape that hands out hidden states.
 
 The LM head's weight is part of the model (checkpoints, tying, gradients), but the model never
 multiplies by it: the loss does, chunk by chunk.
@@ -9,11 +9,8 @@ Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard, D head
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,87 +20,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.hf_config import ModelShape, RopeScaling
 from megatron_dgpo.mcore.layers import PackedLayout, block_spec
 from megatron_dgpo.types import PackedBatch
-
-# Fields of an HF config that this translation understands; values it accepts are checked below.
-SUPPORTED = ("qwen2",)
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What an HF config says, in one place, checked."""
-
-    family: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_query_groups: int
-    head_dim: int
-    ffn_hidden_size: int
-    vocab_size: int
-    max_positions: int
-    rope_theta: float
-    norm_eps: float
-    init_std: float
-    tied: bool
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From the parsed config.json; raises ValueError naming a field that has no counterpart."""
-        family = config.get("model_type")
-        if family not in SUPPORTED:
-            raise ValueError(f"config.json: model_type {family!r} is not supported (supported: {SUPPORTED})")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported (silu is)")
-        if config.get("use_sliding_window"):
-            raise ValueError("config.json: use_sliding_window is not supported")
-        heads = int(config["num_attention_heads"])
-        return cls(
-            family=family,
-            num_layers=int(config["num_hidden_layers"]),
-            hidden_size=int(config["hidden_size"]),
-            num_heads=heads,
-            num_query_groups=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
-            ffn_hidden_size=int(config["intermediate_size"]),
-            vocab_size=int(config["vocab_size"]),
-            max_positions=int(config["max_position_embeddings"]),
-            rope_theta=_rope_theta(config),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            init_std=float(config.get("initializer_range", 0.02)),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ModelShape:
-        return cls.from_hf(json.loads((folder / "config.json").read_text()))
-
-    def padded_vocab_size(self, tp: int) -> int:
-        """Vocabulary rows held over all TP ranks; those beyond vocab_size are padding.
-
-        The multiple does not change with TP up to 8 (128 for real vocabularies), so that a
-        checkpoint fits another split.
-        """
-        multiple = math.lcm(tp, 128 if self.vocab_size >= 4096 else 8)
-        return math.ceil(self.vocab_size / multiple) * multiple
-
-
-def _rope_theta(config: Mapping[str, Any]) -> float:
-    # transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: rope type {kind!r} is not supported (default is)")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
-
 
 _FROM_HF = "the model's config.json"
 OWNED_TRANSFORMER_FIELDS = {
     **dict.fromkeys(
         ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
          "ffn_hidden_size", "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func",
-         "add_bias_linear", "add_qkv_bias", "init_method_std"),
+         "add_bias_linear", "add_qkv_bias", "qk_layernorm", "init_method_std"),
         _FROM_HF,
     ),
     **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "model.params_dtype"),
@@ -140,7 +66,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=True,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         init_method_std=shape.init_std,
@@ -167,6 +94,19 @@ def transformer_config(
     return TransformerConfig(**{**values, **overrides})
 
 
+def scaled(inverse_D2: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3's inverse frequencies, (D / 2,) in radians a token, from the unscaled ones.
+
+    With r = original_positions / wavelength, the number of turns within the original context, the
+    frequency is kept where r is above high_freq_factor, divided by `factor` where r is below
+    low_freq_factor, and linear in r in between.
+    """
+    turns = scaling.original_positions * inverse_D2 / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0.0, 1.0)
+    return inverse_D2 * (kept + (1 - kept) / scaling.factor)
+
+
 class PolicyModel(GPTModel):
     """GPTModel for packed batches whose last stage returns hidden states after the final norm."""
 
@@ -185,6 +125,9 @@ class PolicyModel(GPTModel):
             position_embedding_type="rope",
             rotary_base=shape.rope_theta,
         )
+        if shape.rope_scaling is not None:
+            # Megatron's own scaling takes the factor alone and fixes the other three numbers.
+            self.rotary_pos_emb.inv_freq = scaled(self.rotary_pos_emb.inv_freq, shape.rope_scaling)
         self.shape = shape
         self.native = self_is_native
 

@@ -41,28 +41,46 @@ _L = "decoder.layers.{layer}."
 _H = "model.layers.{layer}."
 _ATTENTION_HF = tuple(_H + f"self_attn.{x}_proj" for x in "qkv")
 
-_QWEN2: tuple[Entry, ...] = (
-    Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0),
-    Entry(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",)),
-    Entry(_L + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in _ATTENTION_HF), "qkv", 0),
-    Entry(_L + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in _ATTENTION_HF), "qkv", 0),
-    Entry(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "copy", 1),
-    Entry(_L + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",)),
-    Entry(
-        _L + "mlp.linear_fc1.weight", (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"), "gate_up", 0
-    ),
-    Entry(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "copy", 1),
-    Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Entry("output_layer.weight", ("lm_head.weight",), "vocab", 0),
+_QKV_WEIGHT = Entry(
+    _L + "self_attention.linear_qkv.weight", tuple(n + ".weight" for n in _ATTENTION_HF), "qkv", 0
 )
+_QKV_BIAS = Entry(_L + "self_attention.linear_qkv.bias", tuple(n + ".bias" for n in _ATTENTION_HF), "qkv", 0)
+_QK_NORMS = tuple(
+    Entry(_L + f"self_attention.{x}_layernorm.weight", (_H + f"self_attn.{x}_norm.weight",)) for x in "qk"
+)
+
+
+def _family(*attention: Entry) -> tuple[Entry, ...]:
+    """A decoder with RMS norms, a gated MLP and these parameters from the norm to the attention itself."""
+    return (
+        Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab", 0),
+        Entry(_L + "input_layernorm.weight", (_H + "input_layernorm.weight",)),
+        *attention,
+        Entry(_L + "self_attention.linear_proj.weight", (_H + "self_attn.o_proj.weight",), "copy", 1),
+        Entry(_L + "pre_mlp_layernorm.weight", (_H + "post_attention_layernorm.weight",)),
+        Entry(
+            _L + "mlp.linear_fc1.weight",
+            (_H + "mlp.gate_proj.weight", _H + "mlp.up_proj.weight"),
+            "gate_up",
+            0,
+        ),
+        Entry(_L + "mlp.linear_fc2.weight", (_H + "mlp.down_proj.weight",), "copy", 1),
+        Entry("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Entry("output_layer.weight", ("lm_head.weight",), "vocab", 0),
+    )
+
+
+FAMILIES: dict[str, tuple[Entry, ...]] = {
+    "qwen2": _family(_QKV_WEIGHT, _QKV_BIAS),
+    "qwen3": _family(_QKV_WEIGHT, *_QK_NORMS),
+    "llama": _family(_QKV_WEIGHT),
+}
 
 # Transformer Engine folds the norms into the linear layers that follow them.
 _ALIASES = {
     ".self_attention.linear_qkv.layer_norm_weight": ".input_layernorm.weight",
     ".mlp.linear_fc1.layer_norm_weight": ".pre_mlp_layernorm.weight",
 }
-
-FAMILIES: dict[str, tuple[Entry, ...]] = {"qwen2": _QWEN2}
 
 
 class NameTable:
@@ -116,11 +134,15 @@ class NameTable:
         given = set(names) - ({"lm_head.weight"} if self.tied else set())
         wanted = set(self._by_hf)
         if missing := sorted(wanted - given):
-            raise KeyError(f"{len(missing)} tensors are missing from the checkpoint, first {missing[0]!r}")
+            raise KeyError(f"missing from the checkpoint: {_some(missing)}")
         if extra := sorted(given - wanted):
-            raise KeyError(
-                f"{len(extra)} tensors of the checkpoint have no Megatron name, first {extra[0]!r}"
-            )
+            raise KeyError(f"in the checkpoint and without a Megatron name: {_some(extra)}")
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    """The first few of many names, and how many there are."""
+    shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
 
 
 def global_name(local_name: str, first_layer: int) -> str:

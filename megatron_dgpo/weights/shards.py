@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megatron_dgpo.mcore.model import ModelShape
+from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.weights.names import Entry
 
 

@@ -1,4 +1,4 @@
-"""The model at every split against transformers: logits, log-probs, import and export."""
+"""Every family at every split against transformers: logits, log-probs, gradients, import and export."""
 
 from __future__ import annotations
 
@@ -9,10 +9,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from spawn import run_ranks
-from tiny import SPLITS, VOCAB, config, hf_model, hf_tensors, sequences, split, write_model
+from tiny import FAMILIES, SPLITS, VOCAB, config, hf_model, hf_tensors, sequences, split, write_model
 
 TIED = (True, False)
-CASES = [(name, tied) for name in SPLITS for tied in TIED]
+TRIPS = [(name, tied) for name in SPLITS for tied in TIED]
+CASES = [("qwen2", name, tied) for name, tied in TRIPS] + [
+    (family, name, tied)
+    for family in FAMILIES
+    if family != "qwen2"
+    for name, tied in TRIPS
+    # One of both is enough where the embedding is neither split over stages nor the only thing split.
+    if (name, tied) not in (("DP=2", True), ("TP=2 SP", False))
+]
+"""(family, split, tied)."""
 BUDGET = 60
 """Tokens of a micro-batch: the sequences make several."""
 
@@ -40,13 +49,29 @@ def by_sequence(batches, values, count):
     return [out[i].clone() for i in range(count)]
 
 
-def work_at(name, folder, tied):
+def keep_gradients(policy):
+    """A list that gets the name and gradient of every tensor, complete and not clipped, at each update."""
+    from megatron_dgpo.weights.export import export_stream
+
+    kept = []
+    finalize = policy.config.finalize_model_grads_func
+
+    def finalize_and_keep(*args, **kwargs):
+        finalize(*args, **kwargs)
+        stream = export_stream(policy.model, policy.groups, value=lambda p: p.main_grad)
+        kept.append({n: g.clone() for n, g in stream})
+
+    policy.config.finalize_model_grads_func = finalize_and_keep
+    return kept
+
+
+def work_at(family, name, folder, tied):
     from megatron_dgpo.data import PackItem, pack
     from megatron_dgpo.learner import policy_stats, supervised_loss
     from megatron_dgpo.run import build_policy
     from megatron_dgpo.weights.convert import save_hf
 
-    c = config(folder / f"tied{tied}", **SPLITS[name])
+    c = config(folder / f"{family}{tied}", **SPLITS[name])
     with split(c) as groups:
         policy = build_policy(c, groups, total_updates=1, keep_reference=False)
         pairs = sequences()
@@ -65,11 +90,13 @@ def work_at(name, folder, tied):
             got["logits"] = by_sequence(batches, values, len(pairs))
         for batch in batches:
             batch.coefficients_T = batch.loss_mask_T.float() / 100
+        gradients = keep_gradients(policy)
         policy.update(batches, supervised_loss(policy))
+        (got["gradients"],) = gradients
         got["log_probs_after"] = log_probs()
         # Several files where small, one where large: both are read by transformers.
         limit = 20_000 if name == "TP=2" else 1 << 30
-        save_hf(policy.model, groups, c.model.path, folder / f"{name}{tied}", shard_bytes=limit)
+        save_hf(policy.model, groups, c.model.path, folder / f"{family}{name}{tied}", shard_bytes=limit)
     return got
 
 
@@ -80,7 +107,7 @@ def round_trip_at(name, folder, tied, dtype):
     from megatron_dgpo.weights.convert import folder_source, load_hf
     from megatron_dgpo.weights.export import export_stream
 
-    source = folder / f"tied{tied}{dtype}"
+    source = folder / f"{dtype}{tied}"
     c = config(source, dtype=dtype, **SPLITS[name])
     with split(c) as groups:
         model = build_model(ModelShape.from_folder(source), c.parallel, groups, params_dtype=DTYPES[dtype])
@@ -136,8 +163,8 @@ def refused(model, groups, names, read):
 
 def work(rank, world_size, folder):
     torch.manual_seed(0)
-    results = {(name, tied): work_at(name, folder, tied) for name, tied in CASES}
-    for name, tied in CASES:
+    results = {case: work_at(*case[:2], folder, case[2]) for case in CASES}
+    for name, tied in TRIPS:
         for dtype in ("float32", "bfloat16"):
             results["trip", name, tied, dtype] = round_trip_at(name, folder, tied, dtype)
     return results
@@ -147,9 +174,10 @@ def work(rank, world_size, folder):
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     for tied in TIED:
-        write_model(path / f"tied{tied}", tied=tied)
+        for family in FAMILIES:
+            write_model(path / f"{family}{tied}", family=family, tied=tied)
         for dtype in ("float32", "bfloat16"):
-            write_model(path / f"tied{tied}{dtype}", tied=tied, seed=9, dtype=getattr(torch, dtype))
+            write_model(path / f"{dtype}{tied}", tied=tied, seed=9, dtype=getattr(torch, dtype))
     return path
 
 
@@ -161,7 +189,7 @@ def ranks(folder):
 def speakers(ranks, key, what):
     """The results of the ranks that have one: all but those of earlier pipeline stages."""
     found = [r[key][what] for r in ranks if r[key][what] is not None]
-    assert len(found) == (1 if key[0] == "PP=2" else 2)
+    assert len(found) == (1 if key[1] == "PP=2" else 2)
     return found
 
 
@@ -177,38 +205,63 @@ def transformers_log_probs(folder):
     return [F.log_softmax(z, -1).gather(1, t[:, None])[:, 0] for z, t in zip(logits, targets, strict=True)]
 
 
+def transformers_gradients(folder):
+    """Of the sum over response tokens of -log-prob / 100."""
+    model = hf_model(folder)
+    for prompt, response in sequences():
+        ids = torch.tensor([[*prompt, *response]])
+        logits = model(ids[:, :-1]).logits[0, len(prompt) - 1 :]
+        (F.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum") / 100).backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
 def largest_difference(got, want):
     assert [g.shape for g in got] == [w.shape for w in want]
     return max(float((g - w).abs().max()) for g, w in zip(got, want, strict=True))
 
 
-# Logits are of size 1 to 10: 1e-4 is some 100 to 1000 units in the last place, room for four layers
-# of differently ordered sums; a wrong norm, angle or head moves them by 0.1 and more.
-@pytest.mark.parametrize(("name", "tied"), CASES)
-def test_logits_and_log_probs_are_those_of_transformers(ranks, folder, name, tied):
-    want = transformers_logits(folder / f"tied{tied}")
+# Logits are of size 1 to 10: 1e-5 is some 10 to 100 units in the last place, room for four layers of
+# differently ordered sums; a wrong norm, angle or head moves them by 0.1 and more.
+@pytest.mark.parametrize(("family", "name", "tied"), CASES)
+def test_logits_and_log_probs_are_those_of_transformers(ranks, folder, family, name, tied):
+    key = family, name, tied
+    want = transformers_logits(folder / f"{family}{tied}")
     assert max(float(w.std()) for w in want) > 0.3, "the logits are too flat to tell anything"
-    for got in speakers(ranks, (name, tied), "logits"):
-        assert largest_difference(got, want) < 1e-4
-    want = transformers_log_probs(folder / f"tied{tied}")
-    for got in speakers(ranks, (name, tied), "log_probs"):
-        assert largest_difference(got, want) < 1e-4
+    for got in speakers(ranks, key, "logits"):
+        assert largest_difference(got, want) < 1e-5
+    want = transformers_log_probs(folder / f"{family}{tied}")
+    for got in speakers(ranks, key, "log_probs"):
+        assert largest_difference(got, want) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "tied"), CASES)
-def test_transformers_reads_the_updated_policy_from_its_export(ranks, folder, name, tied):
-    want = transformers_log_probs(folder / f"{name}{tied}")
-    assert largest_difference(want, transformers_log_probs(folder / f"tied{tied}")) > 0.05, "nothing changed"
-    for got in speakers(ranks, (name, tied), "log_probs_after"):
-        assert largest_difference(got, want) < 1e-4
-    files = list((folder / f"{name}{tied}").glob("*.safetensors"))
-    assert (len(files) > 1) == (name == "TP=2")
+# A gradient is a sum over some 90 tokens, and its error is one of rounding relative to its largest entry.
+# A norm of queries or keys whose gradient stays that of one rank's heads is off by about its own size.
+@pytest.mark.parametrize(("family", "name", "tied"), [c for c in CASES if c[1] != "DP=2"])
+def test_all_gradients_are_those_of_transformers(ranks, folder, family, name, tied):
+    want = transformers_gradients(folder / f"{family}{tied}")
+    assert min(float(g.abs().max()) for g in want.values()) > 1e-4, "nothing to compare"
+    for rank in ranks:
+        got = rank[family, name, tied]["gradients"]
+        assert set(got) == set(want)
+        for tensor, gradient in want.items():
+            apart = float((got[tensor] - gradient).abs().max() / gradient.abs().max())
+            assert apart < 1e-5, (tensor, apart)
+
+
+@pytest.mark.parametrize(("family", "name", "tied"), CASES)
+def test_transformers_reads_the_updated_policy_from_its_export(ranks, folder, family, name, tied):
+    start, export = folder / f"{family}{tied}", folder / f"{family}{name}{tied}"
+    want = transformers_log_probs(export)
+    assert largest_difference(want, transformers_log_probs(start)) > 0.05, "nothing changed"
+    for got in speakers(ranks, (family, name, tied), "log_probs_after"):
+        assert largest_difference(got, want) < 1e-5
+    assert (len(list(export.glob("*.safetensors"))) > 1) == (name == "TP=2")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("name", "tied"), CASES)
+@pytest.mark.parametrize(("name", "tied"), TRIPS)
 def test_import_then_export_returns_every_tensor_bit_for_bit(ranks, folder, name, tied, dtype):
-    want = hf_tensors(folder / f"tied{tied}{dtype}")
+    want = hf_tensors(folder / f"{dtype}{tied}")
     assert len({tuple(t.flatten()[:8].tolist()) for t in want.values()}) == len(want), "not distinct"
     assert ("lm_head.weight" in want) != tied
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""Tiny Qwen2 folders, configs and batches for tests that train, and several splits in one process."""
+"""Tiny model folders, configs and batches for tests that train, and several splits in one process."""
 
 from __future__ import annotations
 
@@ -28,13 +28,42 @@ VOCAB = 45
 """Divides by neither 2 nor 4: the last rank's shard ends in padding."""
 
 
-def write_model(
-    folder: Path, *, tied: bool, seed: int = 1, dtype: torch.dtype = torch.float32, **shape: int
-) -> Path:
-    """A Qwen2 folder with transformers' random weights; biases and norms, which it would start at 0 and
-    1, are random too, so that a swap of any two tensors shows. `shape`: sizes that differ from these."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    # The heads together are wider than the hidden state.
+    "qwen3": ("Qwen3", {"head_dim": 12, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    # Of the four wavelengths 6, 30, 141 and 664 one is kept, one interpolated and two are stretched.
+    "llama": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 4.0,
+                "low_freq_factor": 0.9,
+                "high_freq_factor": 3.5,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+}
+"""model_type -> transformers' name for its classes, and what is particular to its config."""
 
+
+def write_model(
+    folder: Path,
+    *,
+    tied: bool,
+    family: str = "qwen2",
+    seed: int = 1,
+    dtype: torch.dtype = torch.float32,
+    **shape: int,
+) -> Path:
+    """A model folder with transformers' random weights; biases and norms, which it would start at 0 and
+    1, are random too, so that a swap of any two tensors shows. `shape`: sizes that differ from these."""
+    import transformers
+
+    name, particular = FAMILIES[family]
     sizes = dict(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -44,16 +73,15 @@ def write_model(
         intermediate_size=48,
         max_position_embeddings=64,
     )
-    config = Qwen2Config(
-        **{**sizes, **shape},
+    config = getattr(transformers, f"{name}Config")(
+        **{**sizes, **particular, **shape},
         initializer_range=0.15,
         tie_word_embeddings=tied,
         rms_norm_eps=1e-5,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 1:

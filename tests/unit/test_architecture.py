@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import."""
-PURE = {"types", "config", "checks", "cli", "weights.names"}
+PURE = {"types", "config", "checks", "cli", "weights.names", "mcore.hf_config"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore", "entry"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")

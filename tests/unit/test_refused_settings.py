@@ -189,13 +189,28 @@ SETTINGS = {
     ),
     "window": Case(
         [],
-        "model.path: {folder}/model: config.json: use_sliding_window is not",
+        "model.path: {folder}/model: config.json: use_sliding_window True is not supported (false is)",
         hf={"use_sliding_window": True},
     ),
     "rope": Case(
         [],
         "model.path: {folder}/model: config.json: rope type 'yarn' is not supported (default is)",
         hf={"rope_parameters": {"rope_type": "yarn"}},
+    ),
+    "groups": Case(
+        [],
+        "model.path: {folder}/model: config.json: num_key_value_heads 3 does not divide num_",
+        hf={"num_key_value_heads": 3},
+    ),
+    "groups with text": Case(
+        [],
+        "model.path: {folder}/model/config.json has no whole number num_key_value_heads",
+        hf={"num_key_value_heads": "many"},
+    ),
+    "no counterpart": Case(
+        [],
+        "model.path: {folder}/model: config.json: num_experts 8 has no counterpart",
+        hf={"num_experts": 8},
     ),
     "vocabulary": Case([], "model.path: the tokenizer's ids go up to ", hf={"vocab_size": 30}),
     "no tokenizer": Case(
@@ -204,9 +219,9 @@ SETTINGS = {
     # the model and its split
     "heads": Case(
         [TP, 2],
-        "parallel.tensor_model_parallel_size: 2 does not divide the model's 3 attention heads",
+        "parallel.tensor_model_parallel_size: 2 does not divide the model's 3 key/value heads",
         world_size=2,
-        hf={"num_attention_heads": 3},
+        hf={"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 16},
     ),
     "KV heads": Case(
         [TP, 4],

@@ -1,0 +1,293 @@
+"""A Hugging Face config.json becomes the numbers that a model is built from, or is refused by field.
+
+Every field of the file has to be known: one that is translated, one that must have the value that this
+project computes with, or one that says nothing about the computation. All others are refused, since a
+model that ignores them is another model. This module imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Family:
+    """What is particular to one model_type."""
+
+    architecture: str
+    """The one name that `architectures` may hold: with another head it is another model."""
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    """Queries and keys are normed head by head before they are rotated."""
+    rope_types: tuple[str, ...] = ("default",)
+    required: tuple[str, ...] = ()
+    """Whole numbers whose default, where the field is absent, is no function of the others."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that may be absent or have this value."""
+    harmless: frozenset[str] = frozenset()
+    """Fields of this family alone that say nothing about the computation."""
+
+
+_NO_WINDOW = {"use_sliding_window": False, "layer_types": "full_attention"}
+FAMILIES: dict[str, Family] = {
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        qkv_bias=True,
+        required=("num_key_value_heads",),
+        fixed={**_NO_WINDOW, "use_mrope": False},
+        harmless=frozenset({"sliding_window", "max_window_layers"}),
+    ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        qk_norm=True,
+        required=("num_key_value_heads", "head_dim"),
+        fixed={**_NO_WINDOW, "attention_bias": False},
+        harmless=frozenset({"sliding_window", "max_window_layers"}),
+    ),
+    "llama": Family(
+        "LlamaForCausalLM",
+        rope_types=("default", "llama3"),
+        fixed={"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
+    ),
+}
+"""model_type -> what is particular to it."""
+
+REQUIRED = (
+    "num_attention_heads",
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""Whole numbers that every family's config.json gives."""
+_OPTIONAL_NUMBERS = ("num_key_value_heads", "head_dim")
+_TRANSLATED = {
+    *REQUIRED,
+    *_OPTIONAL_NUMBERS,
+    *("model_type", "architectures", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
+    *("rope_parameters", "rope_scaling", "rope_theta"),
+}
+_FIXED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "partial_rotary_factor": 1.0,
+    "is_encoder_decoder": False,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "chunk_size_feed_forward": 0,
+    "pruned_heads": {},
+    "tie_encoder_decoder": False,
+    "cross_attention_hidden_size": None,
+}
+_HARMLESS = {
+    # how the file came about
+    *("_name_or_path", "transformers_version", "_commit_hash"),
+    # how weights are stored, and how transformers runs
+    *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "use_cache", "return_dict", "output_attentions"),
+    *("output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    # tokens and generation
+    *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
+    *("tokenizer_class", "prefix", "task_specific_params"),
+    # heads that these architectures do not have
+    *("id2label", "label2id", "problem_type", "finetuning_task"),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary angles: wavelengths above `original_positions /
+    low_freq_factor` are `factor` times as long, those below `original_positions / high_freq_factor`
+    stay, and in between the inverse frequencies are interpolated."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What an HF config says, in one place, checked."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_query_groups: int
+    head_dim: int
+    ffn_hidden_size: int
+    vocab_size: int
+    max_positions: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None
+    norm_eps: float
+    init_std: float
+    tied: bool
+    qkv_bias: bool
+    qk_norm: bool
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelShape:
+        """From the parsed config.json; raises ValueError naming every field that has no counterpart."""
+        name = config.get("model_type")
+        if not isinstance(name, str) or name not in FAMILIES:
+            supported = ", ".join(FAMILIES)
+            raise ValueError(f"config.json: model_type {name!r} is not supported (supported: {supported})")
+        family = FAMILIES[name]
+        if problems := [*_numbers(config, family), *_fields(config, name, family)]:
+            raise ValueError("config.json: " + "; ".join(problems))
+        heads = int(config["num_attention_heads"])
+        return cls(
+            family=name,
+            num_layers=int(config["num_hidden_layers"]),
+            hidden_size=int(config["hidden_size"]),
+            num_heads=heads,
+            num_query_groups=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            ffn_hidden_size=int(config["intermediate_size"]),
+            vocab_size=int(config["vocab_size"]),
+            max_positions=int(config["max_position_embeddings"]),
+            rope_theta=float(_rope(config).get("rope_theta", 10000.0)),
+            rope_scaling=_rope_scaling(_rope(config)),
+            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            init_std=float(config.get("initializer_range", 0.02)),
+            tied=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=family.qkv_bias,
+            qk_norm=family.qk_norm,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelShape:
+        return cls.from_hf(json.loads((folder / "config.json").read_text()))
+
+    def padded_vocab_size(self, tp: int) -> int:
+        """Vocabulary rows held over all TP ranks; those beyond vocab_size are padding.
+
+        The multiple does not change with TP up to 8 (128 for real vocabularies), so that a
+        checkpoint fits another split.
+        """
+        multiple = math.lcm(tp, 128 if self.vocab_size >= 4096 else 8)
+        return math.ceil(self.vocab_size / multiple) * multiple
+
+
+# --- what is refused ----------------------------------------------------------------------------------
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _numbers(config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    """Problems of the sizes, each by itself and together."""
+    wrong = [n for n in (*REQUIRED, *family.required) if not _whole(config.get(n))]
+    wrong += [n for n in _OPTIONAL_NUMBERS if config.get(n) is not None and not _whole(config[n])]
+    yield from (f"{name} is {config.get(name)!r}, not a whole number" for name in dict.fromkeys(wrong))
+    for name in ("rms_norm_eps", "initializer_range"):
+        if name in config and not _number(config[name]):
+            yield f"{name} is {config[name]!r}, not a number above 0"
+    if wrong:
+        return
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads")
+    if groups and heads % groups:
+        yield f"num_key_value_heads {groups} does not divide num_attention_heads {heads}"
+    if not config.get("head_dim") and config["hidden_size"] % heads:
+        yield f"num_attention_heads {heads} does not divide hidden_size {config['hidden_size']}"
+    elif (config.get("head_dim") or config["hidden_size"] // heads) % 2:
+        yield "head_dim is odd, and rotary embeddings take pairs"
+
+
+def _fields(config: Mapping[str, Any], name: str, family: Family) -> Iterator[str]:
+    architectures = config.get("architectures")
+    if architectures not in (None, [family.architecture]):
+        yield f"architectures {architectures!r} is not supported ({family.architecture} is)"
+    if not isinstance(config.get("tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings is {config['tie_word_embeddings']!r}, not true or false"
+    fixed = {**_FIXED, **family.fixed}
+    for key, value in config.items():
+        if key in fixed:
+            if not _has_value(key, value, fixed[key]):
+                yield f"{key} {value!r} is not supported ({_as_json(fixed[key])} is)"
+        elif key not in _TRANSLATED | _HARMLESS | family.harmless:
+            yield f"{key} {_short(value)} has no counterpart here ({name} models are built without it)"
+    yield from _rope_problems(config, family)
+
+
+def _has_value(key: str, value: Any, wanted: Any) -> bool:
+    if value is None:  # "not used", which an activation cannot be
+        return key != "hidden_act"
+    if key == "layer_types":
+        return isinstance(value, list) and all(kind == wanted for kind in value)
+    return value == wanted and isinstance(value, bool) == isinstance(wanted, bool)
+
+
+def _as_json(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+# --- rotary embeddings --------------------------------------------------------------------------------
+
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes rope_parameters, earlier releases rope_theta and rope_scaling."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    if config.get("rope_theta") is not None:
+        rope.setdefault("rope_theta", config["rope_theta"])
+    return rope
+
+
+def _rope_type(rope: Mapping[str, Any]) -> Any:
+    return rope.get("rope_type", rope.get("type", "default"))
+
+
+def _rope_scaling(rope: Mapping[str, Any]) -> RopeScaling | None:
+    if _rope_type(rope) == "default":
+        return None
+    factor, low, high, positions = (rope[name] for name in _LLAMA3)
+    return RopeScaling(float(factor), float(low), float(high), int(positions))
+
+
+def _rope_problems(config: Mapping[str, Any], family: Family) -> Iterator[str]:
+    sources = [name for name in ("rope_parameters", "rope_scaling") if config.get(name)]
+    if wrong := [name for name in sources if not isinstance(config[name], Mapping)]:
+        yield f"{wrong[0]} is {_short(config[wrong[0]])}, not an object"
+        return
+    if len(sources) == 2:
+        yield "rope_parameters and rope_scaling are both given; one of them has to go"
+    rope = _rope(config)
+    theta = config.get("rope_theta")
+    if theta is not None and theta != rope["rope_theta"]:
+        yield f"rope_theta {theta!r} is not the {rope['rope_theta']!r} of {sources[0]}"
+    kind = _rope_type(rope)
+    if kind not in family.rope_types:
+        yield f"rope type {kind!r} is not supported ({' or '.join(family.rope_types)} is)"
+        return
+    where = sources[0] if sources else "rope"
+    if "rope_theta" in rope and not _number(rope["rope_theta"]):
+        yield f"rope_theta is {rope['rope_theta']!r}, not a number above 0"
+    wanted = _LLAMA3 if kind == "llama3" else ()
+    for name in wanted:
+        if not _number(rope.get(name)) or (name == _LLAMA3[-1] and not _whole(rope[name])):
+            yield f"{where}.{name} is {rope.get(name)!r}, and rope type {kind!r} takes a number above 0"
+            return
+    if wanted and not rope["high_freq_factor"] > rope["low_freq_factor"]:
+        yield f"{where}.high_freq_factor {rope['high_freq_factor']} is not above low_freq_factor"
+    for name in sorted(rope.keys() - {"rope_type", "type", "rope_theta", *wanted}):
+        if name != "partial_rotary_factor" or rope[name] not in (None, 1.0):
+            yield f"{where}.{name} {_short(rope[name])} is not supported with rope type {kind!r}"
