@@ -30,6 +30,8 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     if world_size % replica == 0:
         problems += _batches(config, world_size // replica)
     problems += _model(config)
+    if isinstance(config, Config):
+        problems += _policies(config)
     return problems
 
 
@@ -73,6 +75,15 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"
+
+
+def _policies(config: Config) -> Iterator[str]:
+    """Settings of how rollouts are drawn and corrected."""
+    if 0 < (cap := config.algorithm.tis_cap) < 1:
+        yield (
+            f"algorithm.tis_cap: {cap} would also weigh down tokens that engine and trainer agree on; "
+            "use at least 1, or 0 to turn it off"
+        )
 
 
 def _files(config: AnyConfig) -> Iterator[str]:

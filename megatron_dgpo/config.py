@@ -203,6 +203,8 @@ class ClippedConfig(Section):
     """Divide the advantage by the group's standard deviation."""
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
     """Mean over responses of the mean over tokens (Eq. 7), or one mean over all tokens."""
+    tis_cap: NonNegative = 0.0
+    """Weigh tokens by trainer over engine probability, truncated at this cap (at least 1); 0 turns it off."""
 
 
 class DGPOConfig(ClippedConfig):

@@ -136,6 +136,10 @@ SETTINGS = {
     "tokens of an example": Case(
         ["--data.max_tokens", 9000], "data.max_tokens: 9000 is above the model's", module="sft"
     ),
+    # rollouts
+    "importance cap": Case(
+        ["--algorithm.tis_cap", 0.5], "algorithm.tis_cap: 0.5 would also weigh down tokens that engine and"
+    ),
     # data files
     "no data": Case(["--data.train", "[]"], "data.train: at least one file is needed"),
     "missing data": Case(
