@@ -32,6 +32,8 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     problems += _model(config)
     if isinstance(config, Config) and config.rollout.engine == "sglang":
         problems += _sglang(config)
+    if isinstance(config, Config):
+        problems += _policies(config)
     return problems
 
 
@@ -126,6 +128,42 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
         if name in launch.args:
             follows = f"rollout.sglang.launch.{key}" if key else "the run"
             yield f"rollout.sglang.launch.args: {name} follows from {follows} and cannot be set"
+
+
+def _policies(config: Config) -> Iterator[str]:
+    """Settings of how rollouts are drawn and corrected."""
+    if 0 < (cap := config.algorithm.tis_cap) < 1:
+        yield (
+            f"algorithm.tis_cap: {cap} would also weigh down tokens that engine and trainer agree on; "
+            "use at least 1, or 0 to turn it off"
+        )
+    r = config.rollout
+    if r.oversampling > 1 and r.engine == "embedded" and not r.dynamic_sampling:
+        yield (
+            f"rollout.oversampling: {r.oversampling} is for an engine that can give samples up, and "
+            "rollout.engine = 'embedded' cannot; use 1, or rollout.dynamic_sampling as well"
+        )
+    if config.train.async_steps:
+        yield from _async(config)
+
+
+def _async(config: Config) -> Iterator[str]:
+    """Drawing samples while the trainer computes."""
+    if config.rollout.engine == "embedded":
+        yield (
+            "train.async_steps: 1 needs an engine beside the trainer, and rollout.engine = 'embedded' "
+            "computes in its processes; use 0, or rollout.engine = 'sglang'"
+        )
+    elif config.rollout.sglang.colocate:
+        yield (
+            "train.async_steps: 1 needs engines that draw while the trainer computes, and with "
+            "rollout.sglang.colocate they share its GPUs; use one of the two"
+        )
+    if config.algorithm.tis_cap == 0:
+        yield (
+            "train.async_steps: 1 trains on samples of older weights, which algorithm.tis_cap corrects for; "
+            "set a cap, such as 2.0"
+        )
 
 
 def _files(config: AnyConfig) -> Iterator[str]:

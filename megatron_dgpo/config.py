@@ -163,6 +163,12 @@ class RolloutConfig(GenerationConfig):
     """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Drop tokens below this share of the likeliest one's probability."""
+    dynamic_sampling: bool = False
+    """Draw prompts until the step has enough groups whose rewards differ; the others teach nothing."""
+    max_rounds: PositiveInt = 10
+    """Draws of prompts for one step, at most; if that does not fill it, the run ends with an error."""
+    oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Draw this many times train.prompts_per_step prompts; the slowest are given up when enough are done."""
 
 
 class SyncConfig(Section):
@@ -203,6 +209,8 @@ class ClippedConfig(Section):
     """Divide the advantage by the group's standard deviation."""
     aggregation: Literal["sequence_mean", "token_mean"] = "sequence_mean"
     """Mean over responses of the mean over tokens (Eq. 7), or one mean over all tokens."""
+    tis_cap: NonNegative = 0.0
+    """Weigh tokens by trainer over engine probability, truncated at this cap (at least 1); 0 turns it off."""
 
 
 class DGPOConfig(ClippedConfig):
@@ -243,6 +251,8 @@ class TrainConfig(Section):
     """Passes over the rollout batch."""
     max_tokens_per_microbatch: PositiveInt = 8192
     """Token budget of one forward and backward pass on one replica."""
+    async_steps: Literal[0, 1] = 0
+    """1: draw the samples of the next step while this one trains. Their weights are a version behind."""
 
 
 class SFTTrainConfig(Section):

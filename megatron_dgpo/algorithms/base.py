@@ -14,7 +14,13 @@ import torch.distributed as dist
 from megatron_dgpo.algorithms.advantages import group_advantages
 from megatron_dgpo.algorithms.credit import normalized_entropy
 from megatron_dgpo.algorithms.segments import segment_ids
-from megatron_dgpo.algorithms.surrogate import clipped_surrogate, k3_kl, policy_ratio, token_coefficients
+from megatron_dgpo.algorithms.surrogate import (
+    clipped_surrogate,
+    k3_kl,
+    policy_ratio,
+    token_coefficients,
+    truncated_importance_weights,
+)
 from megatron_dgpo.types import Group, PackedBatch, Sample, TokenStats
 
 Metrics = dict[str, tuple[float | torch.Tensor, float | torch.Tensor]]
@@ -29,6 +35,7 @@ class ClippedSettings(Protocol):
     advantage_eps: float
     normalize_by_std: bool
     aggregation: str
+    tis_cap: float
 
 
 class Algorithm(ABC):
@@ -40,6 +47,8 @@ class Algorithm(ABC):
     def __init__(
         self, config: ClippedSettings, *, vocab_size: int, cp_group: dist.ProcessGroup | None = None
     ) -> None:
+        if config.tis_cap and not config.tis_cap >= 1:
+            raise ValueError(f"tis_cap={config.tis_cap}: must be at least 1, or 0 to turn it off")
         self._clipping = config
         self.vocab_size = vocab_size
         self.cp_group = cp_group
@@ -104,7 +113,8 @@ class Algorithm(ABC):
     def _surrogate(
         self, stats: TokenStats, batch: PackedBatch
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Metrics]:
-        """(log_probs_T, objective_T, coefficients_T, metrics): Eq. 7 before credit and sum."""
+        """(log_probs_T, objective_T, coefficients_T, metrics): Eq. 7 before credit and sum, weighed by the
+        truncated importance weights where tis_cap is set."""
         if batch.coefficients_T is None:
             raise ValueError("batch.coefficients_T is None: set it from token_coefficients before the loss")
         # Tokens that do not train stay out of exp(), where they could overflow to inf * 0.
@@ -117,6 +127,12 @@ class Algorithm(ABC):
         objective_T = clipped_surrogate(ratio_T, advantage_T, low, high)
         metrics = self._policy_metrics(stats, batch, ratio_T.detach(), advantage_T)
         metrics["approx_kl"] = masked_mean(k3_kl(old_T, log_probs_T.detach()), batch.loss_mask_T)
+        if cap := self._clipping.tis_cap:
+            engine_T = only(feature(batch, "engine_log_probs"), batch.loss_mask_T)
+            weights_T, capped_T = truncated_importance_weights(old_T, engine_T, cap)
+            objective_T = weights_T * objective_T
+            metrics["tis_weight"] = masked_mean(weights_T, batch.loss_mask_T)
+            metrics["tis_capped"] = masked_mean(capped_T, batch.loss_mask_T)
         return log_probs_T, objective_T, batch.coefficients_T, metrics
 
     def _policy_metrics(
@@ -147,8 +163,7 @@ def feature(batch: PackedBatch, name: str) -> torch.Tensor:
     """batch.features[name], (T,). Raises KeyError naming what the batch has."""
     if name not in batch.features:
         raise KeyError(
-            f"batch.features has no {name!r} (it has {sorted(batch.features)}): "
-            "fill it from rollout_features before the update"
+            f"batch.features has no {name!r} (it has {sorted(batch.features)}): fill it before the update"
         )
     return batch.features[name]
 

@@ -27,6 +27,27 @@ def clipped_surrogate(
     return torch.minimum(ratio_T * advantage_T, clipped_T * advantage_T)
 
 
+@torch.no_grad()
+def truncated_importance_weights(
+    old_log_probs_T: torch.Tensor, engine_log_probs_T: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(cap, pi_old / pi_engine) of each token, in (0, cap], and where the cap was met (bool).
+
+    The samples come from pi_engine, which is not the trainer's pi_old: the engine's kernels and
+    precision differ, and its weights may be older. Weighing each token's term of the surrogate by the
+    ratio corrects its expectation; the cap bounds the variance at the price of a bias (Ionides,
+    "Truncated importance sampling", 2008; between engine and trainer: Yao et al., "Your efficient RL
+    framework secretly brings you off-policy RL training", 2025). Carries no gradient.
+
+    Both are at the sampling temperature and before top-k, top-p and min-p. So with filters on, the
+    weight corrects for engine and weights alone, and not for the filters: a token that passed them was
+    drawn with its probability over the mass that passed (at least top_p), and is taken as if it had
+    been drawn from the unfiltered policy.
+    """
+    ratio_T = torch.exp(old_log_probs_T - engine_log_probs_T)
+    return ratio_T.clamp(max=cap), ratio_T > cap
+
+
 def k3_kl(log_probs_T: torch.Tensor, reference_log_probs_T: torch.Tensor) -> torch.Tensor:
     """q/p - 1 - log(q/p) at tokens drawn from p: an unbiased estimate of KL(p || q) in nats that is never
     negative (GRPO, Eq. 4, arXiv 2402.03300). p = exp(log_probs), q = exp(reference_log_probs)."""

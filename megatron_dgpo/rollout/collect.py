@@ -9,7 +9,9 @@ from typing import Protocol
 import torch.distributed as dist
 
 from megatron_dgpo import platform
+from megatron_dgpo.rollout.ahead import Ahead
 from megatron_dgpo.rollout.engine import Engine, EnginesLost, SamplingParams
+from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.types import Group, Prompt, Sample
 
 log = logging.getLogger(__name__)
@@ -24,57 +26,61 @@ class Recover(Protocol):
     def __call__(self, *, needed: bool) -> bool: ...
 
 
-def minibatch_shares(
-    indices: Sequence[int], prompts_per_minibatch: int, replica: int, replicas: int
-) -> list[list[int]]:
-    """The prompts of a step that one data-parallel replica owns, by mini-batch.
-
-    A mini-batch is a run of `prompts_per_minibatch` prompts of the step, whatever the number of
-    replicas; each replica owns an equal share of each, so the split changes no mini-batch.
-    """
-    starts = range(0, len(indices), prompts_per_minibatch)
-    return [list(indices[s : s + prompts_per_minibatch][replica::replicas]) for s in starts]
+def rank_share(prompts: Sequence[Prompt], group: dist.ProcessGroup) -> Sequence[Prompt]:
+    """The prompts that this rank of a replica draws: every size-th."""
+    return prompts[group.rank() :: group.size()]
 
 
 def collect(
-    engine: Engine,
+    engine: Engine | Ahead,
     score: Score,
     prompts: Sequence[Prompt],
     params: SamplingParams,
     group: dist.ProcessGroup,
     *,
+    race: Race | None = None,
     recover: Recover | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[Group]:
     """Generate and score groups for `prompts`, which are the same on every rank of `group`.
 
-    Each rank takes every size-th prompt. Returns all groups in the order of the prompts, on every
+    Each rank takes its `rank_share`. Returns all groups in the order of the prompts, on every
     rank. `on_progress` is called with the number of samples that this rank has finished since the
-    last call. With `recover`, prompts that lost engines left unfinished are generated again; all ranks
-    of the run must then be in this call, as `recover` is.
+    last call. A `race` scores groups as they come and may stop the engine; the groups that were not
+    complete by then have no samples. With `recover`, prompts that lost engines left unfinished are
+    generated again; all ranks of the run must then be in this call, as `recover` is.
     """
-    rank, size = group.rank(), group.size()
-    mine = _generate(engine, prompts[rank::size], params, recover, on_progress)
-    score([sample for g in mine for sample in g.samples])
+    size, share = group.size(), rank_share(prompts, group)
+    drawn = _generate(engine, share, params, race, recover, on_progress)
+    mine = [Group(p, []) if g is None else g for p, g in zip(share, drawn, strict=True)]
+    if race is None:
+        score([sample for g in mine for sample in g.samples])
+    else:
+        race.finish(mine)
     parts = platform.gather_objects(mine, group)
     return [parts[i % size][i // size] for i in range(len(prompts))]
 
 
 def _generate(
-    engine: Engine,
+    engine: Engine | Ahead,
     prompts: Sequence[Prompt],
     params: SamplingParams,
+    race: Race | None,
     recover: Recover | None,
     on_progress: Callable[[int], object] | None,
-) -> list[Group]:
-    """Groups of all prompts, in order, whatever engines are lost on the way."""
+) -> list[Group | None]:
+    """Groups of all prompts, in order, whatever engines are lost on the way; None for what a race ended."""
     done: list[Group | None] = [None] * len(prompts)
     while True:
         left = [i for i, g in enumerate(done) if g is None]
         lost = False
         try:
-            new: Sequence[Group | None] = engine.generate(
-                [prompts[i] for i in left], params, on_progress=on_progress
+            new = engine.generate(
+                [prompts[i] for i in left],
+                params,
+                on_progress=on_progress,
+                on_group=None if race is None else race.on_group,
+                should_stop=None if race is None else race.should_stop,
             )
         except EnginesLost as error:
             if recover is None:
@@ -84,4 +90,4 @@ def _generate(
         for i, g in zip(left, new, strict=True):
             done[i] = g
         if recover is None or not recover(needed=lost):
-            return [g for g in done if g is not None]
+            return done

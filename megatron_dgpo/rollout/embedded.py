@@ -6,6 +6,7 @@ Shape suffixes: R rows of a batch (one sample each), L padded prompt length, N n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _SCORED_LOGITS = 1 << 26
 class EmbeddedEngine:
     """A Hugging Face causal language model as a rollout engine.
 
+    Threads may share it: one batch is generated at a time, and weights change between batches.
+
     The model is built from the folder's configuration and holds no usable weights until the first
     `update_weights`; the folder's own weights are not read. A sample depends on the weights, the
     sampling parameters, the prompt's id and tokens and the sample's index, and not on the other
@@ -66,6 +69,7 @@ class EmbeddedEngine:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
+        self._lock = threading.Lock()
         self._version = NO_WEIGHTS
         self._last_version = NO_WEIGHTS
         config = AutoConfig.from_pretrained(model_path)
@@ -104,6 +108,10 @@ class EmbeddedEngine:
         """
         if version < max(self._last_version, 0):
             raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
+        with self._lock:
+            self._update(named_tensors, version)
+
+    def _update(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         targets = self._open_model().state_dict()
         self._version = NO_WEIGHTS
         storages = {name: target.data_ptr() for name, target in targets.items()}
@@ -140,39 +148,47 @@ class EmbeddedEngine:
         params: SamplingParams,
         *,
         on_progress: Callable[[int], object] | None = None,
-    ) -> list[Group]:
+        on_group: Callable[[Group], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Group | None]:
         """`params.n` samples for each prompt, groups in the order of the prompts.
 
-        `on_progress` is called with the number of samples of each batch that is done.
+        `on_progress` is called with the number of samples of each batch that is done, `on_group` with
+        each group that it completes. `should_stop` is asked before each batch: a batch that has begun
+        is not given up.
 
         Raises:
             ValueError: for an empty, too long or out-of-vocabulary prompt, or two prompts of one id.
             RuntimeError: without weights, after `close`, or for logits that are not finite (named by
                 prompt id).
         """
-        self._require_weights()
+        with self._lock:
+            self._require_weights()
         self._check(prompts, params)
-        if not prompts:
-            return []
-        groups = [Group(prompt, []) for prompt in prompts]
-        rows = [(group.prompt, i) for group in groups for i in range(params.n)]
+        rows = [(prompt, i) for prompt in prompts for i in range(params.n)]
         order = sorted(range(len(rows)), key=lambda r: len(rows[r][0].token_ids))
         samples: dict[int, Sample] = {}
+        groups: list[Group | None] = [None] * len(prompts)
         for start in range(0, len(order), self._max_batch_size):
+            if should_stop is not None and should_stop():
+                break
             batch = order[start : start + self._max_batch_size]
-            samples.update(zip(batch, self._generate_batch([rows[r] for r in batch], params), strict=True))
+            with self._lock:
+                drawn = self._generate_batch([rows[r] for r in batch], params)
+            samples.update(zip(batch, drawn, strict=True))
             if on_progress is not None:
                 on_progress(len(batch))
-        texts = self._tokenizer.batch_decode(
-            [samples[r].token_ids for r in range(len(rows))], skip_special_tokens=True
-        )
-        for r, text in enumerate(texts):
-            samples[r].text = text
-            groups[r // params.n].samples.append(samples[r])
+            for p in sorted({r // params.n for r in batch}):
+                members = [samples.get(r) for r in range(p * params.n, (p + 1) * params.n)]
+                if None not in members:
+                    groups[p] = group = Group(prompts[p], [s for s in members if s is not None])
+                    if on_group is not None:
+                        on_group(group)
         return groups
 
     @torch.inference_mode()
     def _generate_batch(self, rows: list[tuple[Prompt, int]], params: SamplingParams) -> list[Sample]:
+        self._require_weights()
         numbers_RN = np.stack([uniforms(params.seed, p.id, i, params.max_new_tokens) for p, i in rows])
         chooser = TokenChooser(params, torch.from_numpy(numbers_RN).to(self._device))
         try:
@@ -239,6 +255,9 @@ class EmbeddedEngine:
                     weight_versions=(VersionSpan(self._version, 0, length),),
                 )
             )
+        texts = self._tokenizer.batch_decode([s.token_ids for s in out], skip_special_tokens=True)
+        for sample, text in zip(out, texts, strict=True):
+            sample.text = text
         return out
 
     # --- scoring ----------------------------------------------------------------------------------

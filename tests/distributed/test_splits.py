@@ -32,9 +32,9 @@ from megatron_dgpo.config import DGPOConfig, GRPOConfig, OptimizerConfig, SFTCon
 TEMPERATURE, TAU, KAPPA, CLIP_LOW, CLIP_HIGH = 0.8, 0.03, 0.5, 0.2, 0.28
 EPS = 1e-6
 CASES = {
-    "tied": {"tied": True, "timing": "rollout", "aggregation": "sequence_mean"},
-    "untied": {"tied": False, "timing": "rollout", "aggregation": "sequence_mean"},
-    "at update": {"tied": False, "timing": "update", "aggregation": "token_mean"},
+    "tied": {"tied": True, "timing": "rollout", "aggregation": "sequence_mean", "cap": 0.0},
+    "untied": {"tied": False, "timing": "rollout", "aggregation": "sequence_mean", "cap": 0.0},
+    "at update": {"tied": False, "timing": "update", "aggregation": "token_mean", "cap": 2.0},
 }
 WORLD_1 = {"TP=1": ({}, 4096), "TP=1, micro-batches": ({}, 30)}
 WORLD_2 = {
@@ -65,16 +65,13 @@ def dgpo(case):
         advantage_eps=EPS,
         credit_timing=case["timing"],
         aggregation=case["aggregation"],
+        tis_cap=case["cap"],
     )
 
 
 def my_minibatches(learner, groups):
     """This replica's share of the samples, packed."""
-    from megatron_dgpo.rollout.collect import minibatch_shares
-
-    everything = scored_groups()
-    (share,) = minibatch_shares(range(len(everything)), len(everything), groups.dp.rank(), groups.dp.size())
-    mine = [everything[i] for i in share]
+    mine = scored_groups()[groups.dp.rank() :: groups.dp.size()]
     learner.algorithm.assign_advantages(mine)
     return learner.pack([learner.algorithm.select(mine)])
 
@@ -254,13 +251,13 @@ def paper(folder):
     return {case: paper_update(folder, **options) for case, options in CASES.items()}
 
 
-def paper_update(folder, tied, timing, aggregation):
+def paper_update(folder, tied, timing, aggregation, cap):
     """Loss (Eq. 7), gradient and token weights of the whole batch."""
     kind = "tied" if tied else "untied"
     reference, old, current = (hf_model(folder / f"{kind}_{x}") for x in ("reference", "old", "current"))
     samples = [pair for group in scored_groups() for pair in paper_advantages(group)]
     num_tokens = sum(len(s.token_ids) for s, _ in samples)
-    loss, credit, clipped, gaps, distances = 0.0, {}, [], [], []
+    loss, credit, clipped, gaps, distances, importance = 0.0, {}, [], [], [], []
     for sample, advantage in samples:
         response = torch.tensor(sample.token_ids)[:, None]
         ids = sample.prompt.token_ids, sample.token_ids
@@ -272,19 +269,25 @@ def paper_update(folder, tied, timing, aggregation):
         weights, distance = paper_credit(z_old if timing == "rollout" else z, z_reference)
         bounded = rho.clamp(1 - CLIP_LOW, 1 + CLIP_HIGH)
         objective = torch.minimum(rho * advantage * weights, bounded * advantage * weights)
+        clipped.append((objective != rho * advantage * weights).double())
+        engine = torch.tensor(sample.log_probs, dtype=torch.float64)
+        if cap:
+            importance.append((old_log_probs.exp() / engine.exp()).clamp(max=cap))
+            objective = objective * importance[-1]
         if aggregation == "sequence_mean":
             loss = loss - objective.mean() / len(samples)
         else:
             loss = loss - objective.sum() / num_tokens
         credit[sample.prompt.id, sample.index] = weights
-        clipped.append((objective != rho * advantage * weights).double())
-        gaps.append((old_log_probs - torch.tensor(sample.log_probs)).abs())
+        gaps.append((old_log_probs - engine).abs())
         distances.append(distance)
     means = {
         "clip_fraction": torch.cat(clipped).mean(),
         "log_prob_gap": torch.cat(gaps).mean(),
         "hellinger": torch.cat(distances).mean(),
     }
+    if cap:
+        means["tis_weight"] = torch.cat(importance).mean()
     return answer(loss, current, credit=credit, means={k: float(v) for k, v in means.items()})
 
 

@@ -11,7 +11,13 @@ import torch
 
 from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.algorithms.advantages import group_advantages
-from megatron_dgpo.algorithms.surrogate import clipped_surrogate, k3_kl, policy_ratio, token_coefficients
+from megatron_dgpo.algorithms.surrogate import (
+    clipped_surrogate,
+    k3_kl,
+    policy_ratio,
+    token_coefficients,
+    truncated_importance_weights,
+)
 from megatron_dgpo.ops import token_stats
 from megatron_dgpo.types import Group, PackedBatch, Prompt, Sample
 
@@ -24,6 +30,7 @@ COMMON = {
     "advantage_eps": 1e-6,
     "normalize_by_std": True,
     "aggregation": "sequence_mean",
+    "tis_cap": 0.0,
 }
 
 
@@ -166,8 +173,9 @@ def pack(targets, mask, advantages, sequences=range(5)):
     )
 
 
-def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None):
-    """Loss, gradient of the current logits (all tokens; zero elsewhere) and metrics of one micro-batch."""
+def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None, engine=None):
+    """Loss, gradient of the current logits (all tokens; zero elsewhere) and metrics of one micro-batch.
+    engine: the engine's log-probs; the trainer's own where None."""
     reference, old, now, targets, mask, advantages = case
     where, batch = pack(targets, mask, advantages, sequences)
     num_tokens = int(mask.sum()) if num_tokens is None else num_tokens
@@ -178,6 +186,7 @@ def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None):
             reference_logits=reference[where] if algorithm.needs_reference else None,
         )
     batch.features = algorithm.rollout_features(stats, batch)
+    batch.features["engine_log_probs"] = stats.log_probs if engine is None else engine[where]
     batch.coefficients_T = algorithm.token_coefficients(batch, num_sequences, num_tokens)
     leaf = now.clone().requires_grad_()
     stats = token_stats(
@@ -190,8 +199,21 @@ def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None):
     return float(loss.detach()), grad, {k: (float(a), float(b)) for k, (a, b) in metrics.items()}
 
 
-def oracle(case, *, tau, kappa, timing, distance, aggregation, kl_coef=0.0, normalise=True):
-    """Eq. 7 with Eq. 2 and 6 in float64, sequence by sequence; tau None is GRPO."""
+def oracle(
+    case,
+    *,
+    tau,
+    kappa,
+    timing,
+    distance,
+    aggregation,
+    kl_coef=0.0,
+    normalise=True,
+    engine=None,
+    cap=None,
+):
+    """Eq. 7 with Eq. 2 and 6 in float64, sequence by sequence; tau None is GRPO. cap: each token's term
+    counts min(cap, old / engine) times."""
     reference, old, now, targets, mask, advantages = case
     leaf = now.double().requires_grad_()
     log_q, log_old, log_p = (torch.log_softmax(x, -1) for x in (reference.double(), old.double(), leaf))
@@ -211,6 +233,8 @@ def oracle(case, *, tau, kappa, timing, distance, aggregation, kl_coef=0.0, norm
         lp, lo, lr = (x[tokens].gather(1, y[:, None])[:, 0] for x in (log_p, log_old, log_q))
         rho, a = (lp - lo).exp(), float(advantages[s]) * w
         surrogate = torch.minimum(rho * a, rho.clamp(0.8, 1.28) * a)
+        if engine is not None:
+            surrogate = surrogate * (lo.exp() / engine[tokens].double().exp()).clamp(max=cap)
         kl = (lr - lp).exp() - (lr - lp) - 1
         share = 1 / (5 * len(tokens)) if aggregation == "sequence_mean" else 1 / int(mask.sum())
         loss = loss - share * (surrogate - kl_coef * kl).sum()
@@ -352,3 +376,85 @@ def test_what_is_missing_is_named():
         ((key, value),) = change.items()
         with pytest.raises(ValueError, match=f"{key}='{value}': choose one of"):
             dgpo(**change)
+
+
+# --- truncated importance sampling ----------------------------------------------------------------
+
+
+def engine_log_probs(case, spread=0.6):
+    """Log-probs of an engine that is not quite the trainer's old policy; wild outside the mask."""
+    _, old, _, targets, mask, _ = case
+    own = torch.log_softmax(old, -1).gather(1, targets[:, None])[:, 0]
+    noise = spread * torch.randn(own.shape, generator=torch.Generator().manual_seed(3))
+    return torch.where(mask, own + noise, torch.full_like(own, -1e4))
+
+
+@pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
+@pytest.mark.parametrize("cap", [1.3, 1e9])
+def test_importance_weights_in_loss_and_gradient(cap, aggregation):
+    """A weight is as exact as the log-probs it is made of, and multiplies their terms by 1.2 on average:
+    twice the bound."""
+    case = problem()
+    engine = engine_log_probs(case)
+    settings = {"tau": 0.2, "kappa": 1.0, "distance": "hellinger", "aggregation": aggregation}
+    for timing in ("rollout", "update"):
+        got = run(dgpo(credit_timing=timing, tis_cap=cap, **settings), case, engine=engine)
+        close(got, oracle(case, timing=timing, engine=engine, cap=cap, **settings), scale=2)
+        plain = oracle(case, timing=timing, **settings)
+        assert (got[1] - plain[1]).abs().max() > 1e-4
+    settings |= {"tau": None, "timing": "rollout", "kl_coef": 0.04}
+    got = run(grpo(kl_coef=0.04, aggregation=aggregation, tis_cap=cap), case, engine=engine)
+    close(got, oracle(case, engine=engine, cap=cap, **settings), scale=2)
+
+
+def test_importance_weights_as_metrics():
+    case = problem()
+    _, old, _, targets, mask, _ = case
+    engine = engine_log_probs(case)
+    own = torch.log_softmax(old.double(), -1).gather(1, targets[:, None])[:, 0]
+    ratio = (own.exp() / engine.double().exp())[mask]
+    _, _, metrics = run(dgpo(tis_cap=1.3), case, engine=engine)
+    weight, capped = (metrics[name][0] / metrics[name][1] for name in ("tis_weight", "tis_capped"))
+    assert weight == pytest.approx(float(ratio.clamp(max=1.3).mean()), rel=1e-6)
+    assert capped == float((ratio > 1.3).double().mean()) and 0.1 < capped < 0.6
+    _, _, metrics = run(dgpo(), case, engine=engine)
+    assert not [name for name in metrics if name.startswith("tis")]
+
+
+def test_importance_weights_and_their_cap():
+    old = torch.tensor([-1.0, -1.0, -2.0, -0.1, -0.1])
+    engine = torch.tensor([-1.0, -2.0, -1.0, -200.0, -0.1], requires_grad=True)
+    weights, capped = truncated_importance_weights(old.requires_grad_(), engine, 2.0)
+    assert weights.tolist() == pytest.approx([1.0, 2.0, math.exp(-1.0), 2.0, 1.0], rel=1e-6)
+    assert capped.tolist() == [False, True, False, True, False] and not weights.requires_grad
+    exactly = truncated_importance_weights(torch.zeros(1), torch.zeros(1), 1.0)
+    assert (exactly[0].item(), exactly[1].item()) == (1.0, False)
+
+
+@pytest.mark.parametrize("make", [dgpo, lambda **c: grpo(kl_coef=0.04, **c)])
+def test_an_engine_that_agrees_has_weights_of_exactly_one(make):
+    case = problem()
+    off, on = run(make(), case), run(make(tis_cap=1.0), case)
+    assert off[0] == on[0] and torch.equal(off[1], on[1])
+    assert on[2]["tis_weight"] == (59.0 - 2, 59.0 - 2) and on[2]["tis_capped"] == (0.0, 59.0 - 2)
+
+
+@pytest.mark.parametrize("make", [dgpo, lambda **c: grpo(kl_coef=0.04, **c)])
+def test_without_a_cap_the_engine_is_not_looked_at(make):
+    case = problem()
+    plain, other = run(make(), case), run(make(), case, engine=engine_log_probs(case) * torch.nan)
+    assert plain[0] == other[0] and torch.equal(plain[1], other[1]) and plain[2] == other[2]
+
+
+def test_a_cap_below_one_and_missing_engine_log_probs_are_refused():
+    for cap in (0.5, -1.0, math.nan):
+        with pytest.raises(ValueError, match="tis_cap=.*at least 1, or 0"):
+            dgpo(tis_cap=cap)
+    _, old, _, targets, mask, advantages = problem()
+    where, batch = pack(targets, mask, advantages)
+    stats = token_stats(old[where], batch.targets_T)
+    algorithm = grpo(tis_cap=2.0)
+    batch.features = algorithm.rollout_features(stats, batch)
+    batch.coefficients_T = algorithm.token_coefficients(batch, 5, 1)
+    with pytest.raises(KeyError, match="engine_log_probs"):
+        algorithm.loss(stats, batch)

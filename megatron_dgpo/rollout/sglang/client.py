@@ -171,29 +171,15 @@ class SGLangClient:
         params: SamplingParams,
         *,
         on_progress: Callable[[int], object] | None = None,
-    ) -> list[Group]:
-        """`params.n` samples for each prompt, groups in the order of the prompts.
+        on_group: Callable[[Group], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Group | None]:
+        """See `Engine.generate`; the callbacks come from the client's thread.
 
         Raises:
             EnginesLost: no server is left; it has the groups that are complete.
             BadAnswer: an answer without log-probs, with ones that are not finite, or of other weights.
-            ValueError: for a prompt that is empty, too long, repeated or outside the vocabulary.
-        """
-        groups = self.generate_until(prompts, params, on_progress=on_progress)
-        return [g for g in groups if g is not None]
-
-    def generate_until(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams,
-        *,
-        on_progress: Callable[[int], object] | None = None,
-        on_group: Callable[[Group], object] | None = None,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[Group | None]:
-        """Like `generate`, ended early by `should_stop`, which is polled: None for unfinished groups.
-
-        `on_group` gets each group when it is complete. All callbacks come from the client's thread.
+            ValueError: for a prompt that is empty, too long or outside the vocabulary.
         """
         self._check(prompts, params)
         return self._http.run(_Draw(self, prompts, params, on_progress, on_group).run(should_stop))

@@ -59,7 +59,7 @@ class SGLangEngine:
         self._groups = groups
         self._config = config
         self._timeout = sync.timeout_seconds
-        self._version = self._last_version = -1
+        self._version = -1
         self._group_number = 0
         self._transport: Transport | None = None
         self.client = SGLangClient(
@@ -94,7 +94,9 @@ class SGLangEngine:
         params: SamplingParams,
         *,
         on_progress: Callable[[int], object] | None = None,
-    ) -> list[Group]:
+        on_group: Callable[[Group], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Group | None]:
         """`params.n` samples for each prompt, groups in the order of the prompts.
 
         Raises EnginesLost with what is complete when no server is left, ValueError for a prompt that
@@ -102,7 +104,9 @@ class SGLangEngine:
         """
         if self._version < 0:
             raise RuntimeError("the engine has no complete weights: update them first")
-        return self.client.generate(prompts, params, on_progress=on_progress)
+        return self.client.generate(
+            prompts, params, on_progress=on_progress, on_group=on_group, should_stop=should_stop
+        )
 
     def probe(self, token_ids: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """On rank 0, the log-probs of given sequences by every live server, by URL; none elsewhere."""
@@ -133,9 +137,8 @@ class SGLangEngine:
             ValueError: for a version older than the one in use.
             WeightUpdateFailed: a server refused the weights, or none could be kept alive.
         """
-        if version < max(self._last_version, 0):
-            raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
-        self._version = -1
+        if version < max(self._version, 0):
+            raise ValueError(f"weight version {version} is older than the engine's {self._version}")
         complete = False
         self.client.hold()
         try:
@@ -146,8 +149,7 @@ class SGLangEngine:
             else:
                 raise WeightUpdateFailed(f"weight version {version} did not arrive in {_ATTEMPTS} attempts")
         finally:
-            if complete:
-                self._version = self._last_version = self.client.version = version
+            self._version = self.client.version = version if complete else -1
             if self._groups.rank == 0:
                 self._session.resume(abort=not complete)
             self.client.release()
