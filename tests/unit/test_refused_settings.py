@@ -6,6 +6,7 @@ One line a problem on stderr, naming the key (or file and row) and what would be
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +31,14 @@ class Case:
 
 TP, PP, CP = (f"--parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
 BATCH = ["--train.prompts_per_step", 12, "--train.prompts_per_minibatch"]
-ASYNC = ["--rollout.engine", "sglang", "--train.async_steps", 1]
+SGLANG = [
+    *("--rollout.engine", "sglang", "--rollout.sglang.launch.python", sys.executable),
+    *("--rollout.sglang.launch.startup_timeout_seconds", 50, "--rollout.sglang.request_timeout_seconds", 50),
+    *("--sync.timeout_seconds", 50),
+]
+"""Servers of which nothing is wrong."""
+URL = "http://127.0.0.1:30000"
+ASYNC = [*SGLANG, "--train.async_steps", 1]
 STAGE = "--model.transformer.num_layers_in_first_pipeline_stage"
 
 SETTINGS = {
@@ -160,6 +168,43 @@ SETTINGS = {
         ASYNC, "train.async_steps: 1 trains on samples of older weights, which algorithm.tis_cap corrects"
     ),
     "async by more": Case(["--train.async_steps", 2], "train.async_steps: 2: input should be 0 or 1"),
+    # servers
+    "no interpreter": Case(
+        [*SGLANG, "--rollout.sglang.launch.python", "no/python"],
+        "rollout.sglang.launch.python: no/python is not there; `make sglang` makes it",
+    ),
+    "too few GPUs": Case(
+        [*SGLANG, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.devices", "[0]"],
+        "rollout.sglang.launch.devices: 1 GPUs for 2 servers of 1, which take 2",
+    ),
+    "one port for two": Case(
+        [*SGLANG, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.args.port", 30000],
+        "rollout.sglang.launch.args: 2 servers cannot have one port",
+    ),
+    "argument of the run's": Case(
+        [*SGLANG, "--rollout.sglang.launch.args.tp_size", 2],
+        "rollout.sglang.launch.args: tp_size follows from rollout.sglang.launch.tensor_parallel_size",
+    ),
+    "servers and a router": Case(
+        [*SGLANG, "--rollout.sglang.urls", f'["{URL}"]', "--rollout.sglang.router", "http://127.0.0.1:1"],
+        "rollout.sglang.router: rollout.sglang.urls is set too",
+    ),
+    "no address": Case(
+        [*SGLANG, "--rollout.sglang.urls", '["127.0.0.1:30000"]'],
+        "rollout.sglang.urls: '127.0.0.1:30000' is not an address such as",
+    ),
+    "a server twice": Case(
+        [*SGLANG, "--rollout.sglang.urls", f'["{URL}", "{URL}"]'],
+        "rollout.sglang.urls: a server occurs twice",
+    ),
+    "colocated elsewhere": Case(
+        [*SGLANG, "--rollout.sglang.urls", f'["{URL}"]', "--rollout.sglang.colocate"],
+        "rollout.sglang.colocate: needs servers that the run starts; rollout.sglang.urls is set",
+    ),
+    "patience": Case(
+        [*SGLANG, "--sync.timeout_seconds", 6000],
+        "sync.timeout_seconds: 6000 must be below parallel.timeout_seconds",
+    ),
     # data files
     "no data": Case(["--data.train", "[]"], "data.train: at least one file is needed"),
     "missing data": Case(
