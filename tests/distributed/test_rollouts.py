@@ -129,7 +129,7 @@ def plain_steps(folder: Path, size: int) -> list[tuple[dict[str, int], list[Any]
 
 
 @pytest.mark.parametrize("name", SPLITS)
-@pytest.mark.parametrize("size", [WANTED, 19], ids=["", "oversampled"])
+@pytest.mark.parametrize("size", [WANTED, 19], ids=["exact", "oversampled"])
 def test_dynamic_sampling_fills_a_step_with_the_first_usable_groups(
     folder: Path, name: str, size: int
 ) -> None:
@@ -215,7 +215,7 @@ def test_a_draw_stops_on_all_ranks_when_it_has_enough(
     if dynamic:
         useless = sum(metrics[f"groups_{x}"] for x in ("all_right", "all_wrong", "without_reward"))
         assert metrics["groups_drawn"] - metrics["groups_unfinished"] - useless >= WANTED
-    else:  # the samples of a draw take about two seconds, and a rank looks at the others ten times a second
+    else:  # a rank would draw its half for a second, and looks at the other ten times a second
         assert metrics["rollout_rounds"] == 1
         assert 0 < metrics["groups_unfinished"] <= 2 * WANTED
     chosen = []
