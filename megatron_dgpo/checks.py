@@ -84,6 +84,12 @@ def _policies(config: Config) -> Iterator[str]:
             f"algorithm.tis_cap: {cap} would also weigh down tokens that engine and trainer agree on; "
             "use at least 1, or 0 to turn it off"
         )
+    r = config.rollout
+    if r.oversampling > 1 and r.engine == "embedded" and not r.dynamic_sampling:
+        yield (
+            f"rollout.oversampling: {r.oversampling} is for an engine that can give samples up, and "
+            "rollout.engine = 'embedded' cannot; use 1, or rollout.dynamic_sampling as well"
+        )
 
 
 def _files(config: AnyConfig) -> Iterator[str]:

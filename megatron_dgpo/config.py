@@ -163,6 +163,12 @@ class RolloutConfig(GenerationConfig):
     """Keep this many of the likeliest tokens; 0 keeps all."""
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Drop tokens below this share of the likeliest one's probability."""
+    dynamic_sampling: bool = False
+    """Draw prompts until the step has enough groups whose rewards differ; the others teach nothing."""
+    max_rounds: PositiveInt = 10
+    """Draws of prompts for one step, at most; if that does not fill it, the run ends with an error."""
+    oversampling: Annotated[float, Field(ge=1)] = 1.0
+    """Draw this many times train.prompts_per_step prompts; the slowest are given up when enough are done."""
 
 
 class SyncConfig(Section):

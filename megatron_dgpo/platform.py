@@ -192,6 +192,12 @@ def gather_objects(value: Any, group: dist.ProcessGroup) -> list[Any]:
     return out
 
 
+def shared_store(name: str) -> dist.Store:
+    """A key-value store that all ranks share, for threads that may take no part in collectives: it has a
+    connection of its own, so nobody's waiting holds it up. Ranks that give the same name meet."""
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
+
+
 def any_rank(flag: bool, groups: Groups) -> bool:
     """True on every rank when it is true on one."""
     if groups.world_size == 1:

@@ -58,6 +58,8 @@ class RunState:
 
     step: int = 0
     """Steps completed."""
+    draws: int = 0
+    """Draws of prompts that these steps took: the number of the next one."""
     evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
     """Step -> metrics."""
 
@@ -68,7 +70,9 @@ class RunState:
 
     @classmethod
     def from_json(cls, state: dict[str, Any]) -> RunState:
-        return cls(step=state["step"], evaluations=state["evaluations"])
+        # Before steps could take several draws, each took one.
+        draws = state.get("draws", state["step"])
+        return cls(step=state["step"], draws=draws, evaluations=state["evaluations"])
 
 
 class RunFolder:

@@ -28,8 +28,8 @@ from megatron_dgpo.observe.console import Console, set_up_logging
 from megatron_dgpo.observe.meters import PhaseTimer, Sums
 from megatron_dgpo.observe.samples import SampleWriter
 from megatron_dgpo.rewards import build_reward
-from megatron_dgpo.rollout.collect import collect, minibatch_shares
 from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.rollout.policies import Rollout, Rollouts, prompts_per_draw
 from megatron_dgpo.run import (
     Evaluator,
     RunFolder,
@@ -69,7 +69,8 @@ def load_data(config: Config) -> Data:
         system_prompt=config.data.system_prompt,
         max_prompt_tokens=config.data.max_prompt_tokens,
     )
-    require_prompts("train.prompts_per_step", config.train.prompts_per_step, len(prompts))
+    key = "rollout.oversampling" if config.rollout.oversampling > 1 else "train.prompts_per_step"
+    require_prompts(key, prompts_per_draw(config), len(prompts))
     return Data(prompts, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
 
 
@@ -88,15 +89,15 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
     while state.step < config.train.steps and not stopping:
         with trainer.timer("step"):
             with trainer.timer("generate"):
-                groups_by_minibatch = trainer.rollout(state.step)
+                rollout = trainer.rollout(state)
             with trainer.timer("prepare"):
-                minibatches, sums = trainer.prepare(groups_by_minibatch)
+                minibatches, sums = trainer.prepare(rollout.minibatches)
             with trainer.timer("update"):
                 sums.merge(trainer.update(minibatches, folder))
             state.step += 1
             with trainer.timer("sync"):
                 trainer.sync.push(version=state.step)
-        trainer.record(state, folder, groups_by_minibatch, sums)
+        trainer.record(state, folder, rollout, sums)
         trainer.evaluate_when_due(state, folder)
         stopping = stop.on_any_rank(groups)
         every = config.checkpoint.every
@@ -118,7 +119,7 @@ class Trainer:
         c = config.train
         self.prompts, self.stop_ids = data.prompts, data.stop_ids
         self.cursor = PromptCursor(
-            len(self.prompts), c.prompts_per_step, seed=config.run.seed, shuffle=config.data.shuffle
+            len(self.prompts), prompts_per_draw(config), seed=config.run.seed, shuffle=config.data.shuffle
         )
         vocab_size = ModelShape.from_folder(config.model.path).vocab_size
         self.algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
@@ -141,31 +142,30 @@ class Trainer:
             timeout_seconds=config.reward.timeout_seconds,
             num_workers=config.reward.num_workers,
         )
+        self.rollouts = Rollouts(
+            config,
+            groups,
+            self.engine,
+            self.reward.score,
+            prompts_of=lambda draw: [self.prompts[i] for i in self.cursor.indices(draw)],
+            params_of=self.sampling,
+            # The embedded engine's samples follow from the seed; they shall not depend on time.
+            stop_early=config.rollout.oversampling > 1 and config.rollout.engine != "embedded",
+        )
         self.heldout = data.heldout
         self.evaluator = Evaluator(config, groups, self.engine, self.reward, data.heldout, self.stop_ids)
 
-    def rollout(self, step: int) -> list[list[Group]]:
-        """This replica's scored groups, by mini-batch, with their advantages."""
-        shares = minibatch_shares(
-            self.cursor.indices(step),
-            self.config.train.prompts_per_minibatch,
-            self.groups.dp.rank(),
-            self.groups.dp.size(),
-        )
-        mine = [self.prompts[i] for share in shares for i in share]
-        params = self.sampling(step)
-        with self.console.phase("rollout", len(mine) * params.n // self.groups.replica.size()) as bar:
-            generated = collect(
-                self.engine, self.reward.score, mine, params, self.groups.replica, on_progress=bar.update
-            )
+    def rollout(self, state: RunState) -> Rollout:
+        """This replica's scored groups with their advantages; `state` counts the draws they took."""
+        rollout = self.rollouts.step(state.draws, self.console.phase)
         if self.config.reward.shuffle:
-            shuffle_rewards(generated, seed=params.seed)
-        self.algorithm.assign_advantages(generated)
-        left = iter(generated)
-        return [[next(left) for _ in share] for share in shares]
+            shuffle_rewards(rollout.groups, seed=self.sampling(state.draws).seed)
+        self.algorithm.assign_advantages(rollout.groups)
+        state.draws += rollout.tally.rounds
+        return rollout
 
-    def sampling(self, step: int) -> SamplingParams:
-        """Every step has its own random numbers, and a resumed run the same ones."""
+    def sampling(self, draw: int) -> SamplingParams:
+        """Every draw has its own random numbers, and a resumed run the same ones."""
         r = self.config.rollout
         return SamplingParams(
             max_new_tokens=r.max_new_tokens,
@@ -174,7 +174,7 @@ class Trainer:
             top_k=r.top_k,
             min_p=r.min_p,
             n=self.config.train.samples_per_prompt,
-            seed=self.config.run.seed * 1_000_003 + step,
+            seed=self.config.run.seed * 1_000_003 + draw,
             stop_token_ids=self.stop_ids,
         )
 
@@ -196,19 +196,19 @@ class Trainer:
                     bar.update()
         return sums
 
-    def record(
-        self, state: RunState, folder: RunFolder, groups_by_minibatch: list[list[Group]], sums: Sums
-    ) -> None:
+    def record(self, state: RunState, folder: RunFolder, rollout: Rollout, sums: Sums) -> None:
         """Metrics over all ranks, one line on the terminal, and some samples to read."""
-        generated = [g for groups in groups_by_minibatch for g in groups]
-        sums.merge(rollout_sums(generated, self.groups.dp.size()))
+        sums.merge(rollout_sums(rollout.groups, self.groups.dp.size()))
+        if self.config.rollout.dynamic_sampling or self.config.rollout.oversampling > 1:
+            for name, value in rollout.tally.metrics().items():
+                sums.add(name, value)
         metrics = merge_over_ranks(sums, self.groups) | self.timer.pop()
         metrics["tokens_per_second"] = metrics["response_tokens"] / metrics["time/step"]
         metrics["memory/peak_rss_bytes"] = peak_memory_bytes(self.groups)
         folder.write_metrics(state.step, metrics, "train")
         if self.groups.rank == 0 and (wanted := self.config.observe.samples_per_step):
             n = self.config.train.samples_per_prompt
-            SampleWriter(folder.path).write(state.step, generated[: max(1, wanted // n)])
+            SampleWriter(folder.path).write(state.step, rollout.groups[: max(1, wanted // n)])
         self.console.step_line(state.step, self.config.train.steps, metrics)
 
     def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:

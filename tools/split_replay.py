@@ -25,7 +25,6 @@ from megatron_dgpo.data.packing import unpack
 from megatron_dgpo.learner import Learner, MiniBatch
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.mcore.policy import Policy
-from megatron_dgpo.rollout.collect import minibatch_shares
 from megatron_dgpo.run import build_policy, merge_over_ranks
 from megatron_dgpo.types import CreditWeights, Group, PackedBatch, Prompt, Sample, TokenStats
 from megatron_dgpo.weights import convert
@@ -192,8 +191,7 @@ def _generator(salt: str, name: str) -> torch.Generator:
 def _my_minibatch(learner: Learner, everything: Sequence[Group]) -> MiniBatch:
     """This replica's share of the batch, packed: one mini-batch, one optimizer step."""
     dp = learner.policy.groups.dp
-    (share,) = minibatch_shares(range(len(everything)), len(everything), dp.rank(), dp.size())
-    mine = [everything[i] for i in share]
+    mine = list(everything)[dp.rank() :: dp.size()]
     learner.algorithm.assign_advantages(mine)
     (minibatch,) = learner.pack([learner.algorithm.select(mine)])
     return minibatch

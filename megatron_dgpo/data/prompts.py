@@ -129,6 +129,7 @@ def deduplicate(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 class PromptCursor:
     """The order of the prompts, as a pure function of (seed, step): a resume needs the step alone.
+    (Where a step of the run may draw prompts several times, a step here is a draw.)
 
     The data are the epochs end to end, each a seeded permutation of all prompts; the batch of step s
     is the positions s * batch_size up to (s + 1) * batch_size. So every prompt is seen exactly once an

@@ -8,21 +8,10 @@ import torch.distributed as dist
 
 from megatron_dgpo import platform
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
+from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.types import Group, Prompt, Sample
 
 Score = Callable[[Sequence[Sample]], None]
-
-
-def minibatch_shares(
-    indices: Sequence[int], prompts_per_minibatch: int, replica: int, replicas: int
-) -> list[list[int]]:
-    """The prompts of a step that one data-parallel replica owns, by mini-batch.
-
-    A mini-batch is a run of `prompts_per_minibatch` prompts of the step, whatever the number of
-    replicas; each replica owns an equal share of each, so the split changes no mini-batch.
-    """
-    starts = range(0, len(indices), prompts_per_minibatch)
-    return [list(indices[s : s + prompts_per_minibatch][replica::replicas]) for s in starts]
 
 
 def collect(
@@ -32,16 +21,32 @@ def collect(
     params: SamplingParams,
     group: dist.ProcessGroup,
     *,
+    race: Race | None = None,
     on_progress: Callable[[int], object] | None = None,
 ) -> list[Group]:
     """Generate and score groups for `prompts`, which are the same on every rank of `group`.
 
     Each rank takes every size-th prompt. Returns all groups in the order of the prompts, on every
     rank. `on_progress` is called with the number of samples that this rank has finished since the
-    last call.
+    last call. A `race` scores groups as they come and may stop the engine; the groups that were not
+    complete by then have no samples.
     """
     rank, size = group.rank(), group.size()
-    mine = engine.generate(prompts[rank::size], params, on_progress=on_progress)
-    score([sample for g in mine for sample in g.samples])
+    share = prompts[rank::size]
+    if race is None:
+        drawn = engine.generate(share, params, on_progress=on_progress)
+    else:
+        drawn = engine.generate(
+            share,
+            params,
+            on_progress=on_progress,
+            on_group=race.on_group,
+            should_stop=race.should_stop,
+        )
+    mine = [Group(p, []) if g is None else g for p, g in zip(share, drawn, strict=True)]
+    if race is None:
+        score([sample for g in mine for sample in g.samples])
+    else:
+        race.finish(mine)
     parts = platform.gather_objects(mine, group)
     return [parts[i % size][i // size] for i in range(len(prompts))]

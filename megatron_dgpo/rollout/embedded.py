@@ -140,10 +140,14 @@ class EmbeddedEngine:
         params: SamplingParams,
         *,
         on_progress: Callable[[int], object] | None = None,
-    ) -> list[Group]:
+        on_group: Callable[[Group], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[Group | None]:
         """`params.n` samples for each prompt, groups in the order of the prompts.
 
-        `on_progress` is called with the number of samples of each batch that is done.
+        `on_progress` is called with the number of samples of each batch that is done, `on_group` with
+        each group that it completes. `should_stop` is asked before each batch: a batch that has begun
+        is not given up.
 
         Raises:
             ValueError: for an empty, too long or out-of-vocabulary prompt, or two prompts of one id.
@@ -154,21 +158,23 @@ class EmbeddedEngine:
         self._check(prompts, params)
         if not prompts:
             return []
-        groups = [Group(prompt, []) for prompt in prompts]
-        rows = [(group.prompt, i) for group in groups for i in range(params.n)]
+        rows = [(prompt, i) for prompt in prompts for i in range(params.n)]
         order = sorted(range(len(rows)), key=lambda r: len(rows[r][0].token_ids))
         samples: dict[int, Sample] = {}
+        groups: list[Group | None] = [None] * len(prompts)
         for start in range(0, len(order), self._max_batch_size):
+            if should_stop is not None and should_stop():
+                break
             batch = order[start : start + self._max_batch_size]
             samples.update(zip(batch, self._generate_batch([rows[r] for r in batch], params), strict=True))
             if on_progress is not None:
                 on_progress(len(batch))
-        texts = self._tokenizer.batch_decode(
-            [samples[r].token_ids for r in range(len(rows))], skip_special_tokens=True
-        )
-        for r, text in enumerate(texts):
-            samples[r].text = text
-            groups[r // params.n].samples.append(samples[r])
+            for p in sorted({r // params.n for r in batch}):
+                members = [samples.get(r) for r in range(p * params.n, (p + 1) * params.n)]
+                if None not in members:
+                    groups[p] = group = Group(prompts[p], [s for s in members if s is not None])
+                    if on_group is not None:
+                        on_group(group)
         return groups
 
     @torch.inference_mode()
@@ -239,6 +245,9 @@ class EmbeddedEngine:
                     weight_versions=(VersionSpan(self._version, 0, length),),
                 )
             )
+        texts = self._tokenizer.batch_decode([s.token_ids for s in out], skip_special_tokens=True)
+        for sample, text in zip(out, texts, strict=True):
+            sample.text = text
         return out
 
     # --- scoring ----------------------------------------------------------------------------------

@@ -111,10 +111,15 @@ class Engine(Protocol):
         params: SamplingParams,
         *,
         on_progress: Callable[[int], object] | None = None,
-    ) -> list[Group]:
+        on_group: Callable[[Group], object] | None = None,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> Sequence[Group | None]:
         """`params.n` samples for each prompt, groups in the order of the prompts.
 
-        `on_progress` is called with the number of samples that are done since its last call.
+        `on_progress` is called with the number of samples that are done since its last call, `on_group`
+        with each group when it is complete. Once `should_stop` answers True, what is still being drawn
+        is given up, and a group that is not complete is None. The engine may call the three from a
+        thread of its own; none of them waits for anything.
         """
         ...
 

@@ -71,11 +71,7 @@ def dgpo(case):
 
 def my_minibatches(learner, groups):
     """This replica's share of the samples, packed."""
-    from megatron_dgpo.rollout.collect import minibatch_shares
-
-    everything = scored_groups()
-    (share,) = minibatch_shares(range(len(everything)), len(everything), groups.dp.rank(), groups.dp.size())
-    mine = [everything[i] for i in share]
+    mine = scored_groups()[groups.dp.rank() :: groups.dp.size()]
     learner.algorithm.assign_advantages(mine)
     return learner.pack([learner.algorithm.select(mine)])
 

@@ -62,6 +62,21 @@ def write_model(
     return folder
 
 
+def write_tokenizer(folder: Path) -> Path:
+    """One token a character, and "<eos>" (id 0); ids up to VOCAB - 1."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789+-*/=,."
+    ids = {"<eos>": 0, "<pad>": 1, **{c: i for i, c in enumerate(letters, 2)}}
+    assert len(ids) == VOCAB
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+    return folder
+
+
 def write_perturbed(source: Path, target: Path, *, seed: int, scale: float) -> Path:
     """A copy of a folder whose weights have moved by Gaussian noise."""
     model = hf_model(source)

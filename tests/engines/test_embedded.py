@@ -297,6 +297,21 @@ def test_text_order_and_index(engine) -> None:
     assert engine.generate([], SamplingParams(4)) == []
 
 
+def test_groups_are_handed_out_when_they_are_complete(folder, model) -> None:
+    prompts, params = make_prompts(6), SamplingParams(8, n=3, seed=2)
+    engine, come, done = make_engine(folder, model, max_batch_size=4), [], []
+    groups = engine.generate(prompts, params, on_group=come.append, on_progress=done.append)
+    assert sum(done) == 18 and sorted(map(id, come)) == sorted(map(id, groups))
+    assert all(len(g.samples) == 3 and all(s.text for s in g.samples) for g in come)
+    # 4 samples a batch: asked before each of five batches, the third answer stops it.
+    answers = iter([False, False, True])
+    stopped = engine.generate(prompts, params, should_stop=lambda: next(answers))
+    kept = [g for g in stopped if g is not None]
+    assert len(kept) == 2  # 8 samples are drawn, two whole groups among them
+    whole = {g.prompt.id: g for g in groups}
+    assert tokens_of(kept) == tokens_of([whole[g.prompt.id] for g in kept])
+
+
 def test_new_weights_change_samples_and_version(folder, model) -> None:
     engine = make_engine(folder, model, version=3)
     prompts, params = make_prompts(4), SamplingParams(10, seed=1)

@@ -152,6 +152,12 @@ def test_more_prompts_a_step_than_rows(
     assert line == f"error: {key}: 80 is more than the {rows} rows of data.train"
 
 
+def test_more_prompts_a_draw_than_rows(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    words = place.words("train", "--rollout.oversampling", 1.5, "--rollout.dynamic_sampling")
+    line = refused("train", words, monkeypatch, capsys)
+    assert line == "error: rollout.oversampling: 48 is more than the 40 rows of data.train"
+
+
 @pytest.mark.parametrize("module", ["train", "sft"])
 def test_a_held_out_prompt_that_leaves_no_room(
     module: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any

@@ -140,6 +140,13 @@ SETTINGS = {
     "importance cap": Case(
         ["--algorithm.tis_cap", 0.5], "algorithm.tis_cap: 0.5 would also weigh down tokens that engine and"
     ),
+    "embedded oversampling": Case(
+        ["--rollout.oversampling", 1.5],
+        "rollout.oversampling: 1.5 is for an engine that can give samples up, and rollout.engine = ",
+    ),
+    "undersampling": Case(
+        ["--rollout.oversampling", 0.5], "rollout.oversampling: 0.5: input should be greater than or equal"
+    ),
     # data files
     "no data": Case(["--data.train", "[]"], "data.train: at least one file is needed"),
     "missing data": Case(

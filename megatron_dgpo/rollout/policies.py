@@ -1,0 +1,146 @@
+"""How the groups of a step come about: draws of prompts, until enough of what they give is usable.
+
+A draw is one batch of prompts, numbered through the run. Its number alone says which prompts it has and
+which random numbers they meet. Without dynamic sampling and aborted samples every step is one draw.
+"""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import Config
+from megatron_dgpo.rollout.collect import Score, collect
+from megatron_dgpo.rollout.engine import Engine, SamplingParams
+from megatron_dgpo.rollout.race import Race
+from megatron_dgpo.rollout.select import Selection, Tally, Verdict, verdict
+from megatron_dgpo.types import Group, Prompt
+
+Phase = Callable[[str, int], AbstractContextManager[Any]]
+"""(name, samples) -> a progress bar with `update(samples)`."""
+
+
+class NotEnoughGroups(RuntimeError):
+    """Dynamic sampling has drawn as often as it may and the step is still not full."""
+
+
+@dataclass
+class Rollout:
+    """The groups of a step."""
+
+    minibatches: list[list[Group]]
+    """This replica's share of each."""
+    tally: Tally
+
+    @property
+    def groups(self) -> list[Group]:
+        return [g for groups in self.minibatches for g in groups]
+
+
+def prompts_per_draw(config: Config) -> int:
+    """Prompts of a draw, over all ranks."""
+    # 10 * 1.1 is a little above 11 in binary.
+    return math.ceil(round(config.train.prompts_per_step * config.rollout.oversampling, 6))
+
+
+class Rollouts:
+    """Draws, scores and selects the groups of each step; the same calls on every rank.
+
+    Args:
+        prompts_of: the prompts of a draw in order, the same on every rank, none twice.
+        params_of: the sampling parameters of a draw.
+        stop_early: stop a draw on all ranks as soon as enough of its groups are usable; the engine must
+            take `should_stop`. Which groups these are depends on time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        groups: platform.Groups,
+        engine: Engine,
+        score: Score,
+        *,
+        prompts_of: Callable[[int], Sequence[Prompt]],
+        params_of: Callable[[int], SamplingParams],
+        stop_early: bool = False,
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._engine = engine
+        self._score = score
+        self._prompts_of = prompts_of
+        self._params_of = params_of
+        self._store = None
+        if stop_early:
+            name = platform.gather_objects(uuid.uuid4().hex, groups.world)[0]
+            self._store = platform.shared_store(f"rollouts-{name}")
+
+    def step(self, first_draw: int, phase: Phase) -> Rollout:
+        """The groups of a step whose first draw has this number; collective over all ranks.
+
+        Raises NotEnoughGroups after rollout.max_rounds draws.
+        """
+        c = self._config
+        selection = Selection(
+            c.train.prompts_per_step, need_variance=c.rollout.dynamic_sampling, dp=self._groups.dp
+        )
+        tally = selection.tally
+        while selection.missing:
+            if tally.rounds == c.rollout.max_rounds:
+                raise NotEnoughGroups(_shortage(c, selection))
+            selection.add(self._draw(first_draw + tally.rounds, selection.missing, phase))
+        return Rollout(selection.minibatches(c.train.prompts_per_minibatch), tally)
+
+    def _draw(self, draw: int, wanted: int, phase: Phase) -> list[Group]:
+        """This replica's groups of a draw, scored; those that were given up have no samples."""
+        mine, params = self._share(draw), self._params_of(draw)
+        race = self._race(draw, wanted)
+        with phase("rollout", len(mine) * params.n // self._groups.replica.size()) as bar:
+            groups = collect(
+                self._engine,
+                self._score,
+                mine,
+                params,
+                self._groups.replica,
+                race=race,
+                on_progress=bar.update,
+            )
+        return groups
+
+    def _share(self, draw: int) -> Sequence[Prompt]:
+        """Each replica draws every dp-th prompt: of whole draws, an equal part of every mini-batch."""
+        return self._prompts_of(draw)[self._groups.dp.rank() :: self._groups.dp.size()]
+
+    def _race(self, draw: int, wanted: int) -> Race | None:
+        if self._store is None:
+            return None
+        differ = self._config.rollout.dynamic_sampling
+        return Race(
+            self._store,
+            str(draw),
+            wanted=wanted,
+            score=self._score,
+            counts=lambda group: verdict(group, need_variance=differ) is Verdict.USABLE,
+        )
+
+
+def _shortage(c: Config, selection: Selection) -> str:
+    n = selection.tally.verdicts
+    right, wrong = n[Verdict.ALL_RIGHT], n[Verdict.ALL_WRONG]
+    change = f"more rounds (rollout.max_rounds is {c.rollout.max_rounds})"
+    if c.rollout.dynamic_sampling:
+        change = (
+            f"{'easier' if wrong > right else 'harder'} prompts in data.train, more "
+            f"train.samples_per_prompt, {change}, or rollout.dynamic_sampling = false"
+        )
+    return (
+        f"rollout: {c.train.prompts_per_step - selection.missing} of train.prompts_per_step = "
+        f"{c.train.prompts_per_step} groups are usable after {selection.tally.rounds} draws of "
+        f"{prompts_per_draw(c)} prompts; of {n.total()} groups {right} were all right, {wrong} all wrong, "
+        f"{n[Verdict.NO_REWARD]} without a reward, {n[Verdict.UNFINISHED]} not finished. Use {change}"
+    )

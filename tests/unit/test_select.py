@@ -1,0 +1,136 @@
+"""Which groups make a step, who trains them, and when a draw has enough: without process groups."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_dgpo.config import RolloutConfig
+from megatron_dgpo.rollout.policies import prompts_per_draw
+from megatron_dgpo.rollout.race import Race
+from megatron_dgpo.rollout.select import Verdict, deal, verdict
+from megatron_dgpo.run import RunState
+from megatron_dgpo.types import Group, Prompt, Sample
+
+
+def group(*rewards: float | None, name: str = "p") -> Group:
+    prompt = Prompt(name, (1,), "", "")
+    return Group(prompt, [Sample(prompt, i, [1], [0.0], "stop", (), reward=r) for i, r in enumerate(rewards)])
+
+
+@pytest.mark.parametrize(
+    ("rewards", "want"),
+    [
+        ((1.0, 0.0, 1.0), Verdict.USABLE),
+        ((0.5, None, 0.25), Verdict.USABLE),
+        ((1.0, 1.0, 1.0), Verdict.ALL_RIGHT),
+        ((1.0, None, 1.0), Verdict.ALL_RIGHT),
+        ((0.0, 0.0), Verdict.ALL_WRONG),
+        ((None, 0.0), Verdict.ALL_WRONG),
+        ((-1.0, -1.0), Verdict.ALL_WRONG),
+        ((None, None), Verdict.NO_REWARD),
+        ((), Verdict.UNFINISHED),
+    ],
+)
+def test_verdicts(rewards: tuple[float | None, ...], want: Verdict) -> None:
+    assert verdict(group(*rewards), need_variance=True) is want
+    plain = Verdict.USABLE if rewards else Verdict.UNFINISHED
+    assert verdict(group(*rewards), need_variance=False) is plain
+
+
+@given(st.data())
+def test_a_step_is_dealt_equally_and_as_little_moves_as_can(data: st.DataObject) -> None:
+    replicas = data.draw(st.integers(1, 5))
+    size = replicas * data.draw(st.integers(1, 4))
+    count = size * data.draw(st.integers(1, 3))
+    owners = data.draw(st.lists(st.integers(0, replicas - 1), min_size=count, max_size=count))
+    targets = deal(owners, size, replicas)
+    for start in range(0, count, size):
+        own, to = owners[start : start + size], targets[start : start + size]
+        share = size // replicas
+        assert [to.count(r) for r in range(replicas)] == [share] * replicas
+        surplus = sum(max(0, own.count(r) - share) for r in range(replicas))
+        assert sum(a != b for a, b in zip(own, to, strict=True)) == surplus
+
+
+def test_what_is_dealt_equally_already_stays() -> None:
+    assert deal([0, 1, 2] * 4, 6, 3) == [0, 1, 2] * 4
+    with pytest.raises(ValueError, match="6 groups, 4 a mini-batch, cannot be shared by 2"):
+        deal([0] * 6, 4, 2)
+    with pytest.raises(ValueError, match="cannot be shared by 2 replicas"):
+        deal([0] * 6, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "factor", "want"),
+    [(8, 1.0, 8), (10, 1.1, 11), (8, 1.1, 9), (100, 1.15, 115), (3, 2.0, 6), (512, 1.25, 640)],
+)
+def test_prompts_of_a_draw(prompts: int, factor: float, want: int) -> None:
+    rollout = RolloutConfig(oversampling=factor)
+    config = SimpleNamespace(train=SimpleNamespace(prompts_per_step=prompts), rollout=rollout)
+    assert prompts_per_draw(config) == want  # type: ignore[arg-type]
+
+
+def test_states_from_before_draws_were_counted_took_one_a_step() -> None:
+    assert RunState.from_json({"step": 7, "evaluations": {}}).draws == 7
+    assert RunState.from_json({"step": 7, "draws": 12, "evaluations": {}}).draws == 12
+
+
+# --- the race ---------------------------------------------------------------------------------------
+
+
+def races(store: dist.Store, count: int, wanted: int, score=lambda samples: None) -> list[Race]:
+    """As many ranks, each of which counts groups whose rewards differ."""
+    return [
+        Race(store, "k", wanted=wanted, score=score, counts=lambda g: len({s.reward for s in g.samples}) > 1)
+        for _ in range(count)
+    ]
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_race_ends_for_all_ranks_when_all_together_have_enough() -> None:
+    one, two = races(dist.HashStore(), 2, wanted=3)
+    good, bad = [group(0.0, 1.0) for _ in range(3)], [group(1.0, 1.0) for _ in range(9)]
+    for g in (*bad, *good[:2]):
+        one.on_group(g)
+    wait_for(lambda: len(one._scored) == 11)
+    time.sleep(0.3)  # some polls
+    assert not one.should_stop() and not two.should_stop()
+    two.on_group(good[2])
+    wait_for(lambda: one.should_stop() and two.should_stop())
+    one.finish([*bad, *good[:2]])
+    two.finish(good[2:])
+
+
+def test_leaving_the_race_scores_everything_once() -> None:
+    scored: list[Sample] = []
+    (race,) = races(dist.HashStore(), 1, wanted=100, score=scored.extend)
+    come, late = [group(0.0, 1.0) for _ in range(20)], group(1.0, 0.0)
+    for g in come:
+        race.on_group(g)
+    race.finish([*come, late])
+    assert sorted(map(id, scored)) == sorted(id(s) for g in (*come, late) for s in g.samples)
+
+
+def test_a_failure_in_the_race_stops_it_and_is_raised_where_it_is_left() -> None:
+    def score(samples: object) -> None:
+        raise ArithmeticError("no")
+
+    (race,) = races(dist.HashStore(), 1, wanted=100, score=score)
+    race.on_group(group(0.0))
+    wait_for(race.should_stop)
+    with pytest.raises(ArithmeticError, match="no"):
+        race.finish([])
+    assert not [t for t in threading.enumerate() if t.name == "race"]
