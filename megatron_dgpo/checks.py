@@ -90,6 +90,27 @@ def _policies(config: Config) -> Iterator[str]:
             f"rollout.oversampling: {r.oversampling} is for an engine that can give samples up, and "
             "rollout.engine = 'embedded' cannot; use 1, or rollout.dynamic_sampling as well"
         )
+    if config.train.async_steps:
+        yield from _async(config)
+
+
+def _async(config: Config) -> Iterator[str]:
+    """Drawing samples while the trainer computes."""
+    if config.rollout.engine == "embedded":
+        yield (
+            "train.async_steps: 1 needs an engine beside the trainer, and rollout.engine = 'embedded' "
+            "computes in its processes; use 0, or rollout.engine = 'sglang'"
+        )
+    elif config.rollout.sglang.colocate:
+        yield (
+            "train.async_steps: 1 needs engines that draw while the trainer computes, and with "
+            "rollout.sglang.colocate they share its GPUs; use one of the two"
+        )
+    if config.algorithm.tis_cap == 0:
+        yield (
+            "train.async_steps: 1 trains on samples of older weights, which algorithm.tis_cap corrects for; "
+            "set a cap, such as 2.0"
+        )
 
 
 def _files(config: AnyConfig) -> Iterator[str]:

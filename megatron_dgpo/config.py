@@ -251,6 +251,8 @@ class TrainConfig(Section):
     """Passes over the rollout batch."""
     max_tokens_per_microbatch: PositiveInt = 8192
     """Token budget of one forward and backward pass on one replica."""
+    async_steps: Literal[0, 1] = 0
+    """1: draw the samples of the next step while this one trains. Their weights are a version behind."""
 
 
 class SFTTrainConfig(Section):

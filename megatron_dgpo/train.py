@@ -90,6 +90,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
         with trainer.timer("step"):
             with trainer.timer("generate"):
                 rollout = trainer.rollout(state)
+                trainer.start_next(state)
             with trainer.timer("prepare"):
                 minibatches, sums = trainer.prepare(rollout.minibatches)
             with trainer.timer("update"):
@@ -164,6 +165,13 @@ class Trainer:
         state.draws += rollout.tally.rounds
         return rollout
 
+    def start_next(self, state: RunState) -> None:
+        """With async_steps, draw the next step's samples from now on. A run that ends before they are
+        collected draws them again when it is resumed."""
+        c = self.config.train
+        if c.async_steps and state.step + 1 < c.steps:
+            self.rollouts.start(state.draws)
+
     def sampling(self, draw: int) -> SamplingParams:
         """Every draw has its own random numbers, and a resumed run the same ones."""
         r = self.config.rollout
@@ -202,6 +210,8 @@ class Trainer:
         if self.config.rollout.dynamic_sampling or self.config.rollout.oversampling > 1:
             for name, value in rollout.tally.metrics().items():
                 sums.add(name, value)
+        if self.config.train.async_steps:
+            sums.merge(staleness(rollout.groups, state.step - 1))
         metrics = merge_over_ranks(sums, self.groups) | self.timer.pop()
         metrics["tokens_per_second"] = metrics["response_tokens"] / metrics["time/step"]
         metrics["memory/peak_rss_bytes"] = peak_memory_bytes(self.groups)
@@ -223,6 +233,7 @@ class Trainer:
         self.console.log("  held-out  " + "  ".join(f"{name} {result[name]:.3f}" for name in shown))
 
     def close(self) -> None:
+        self.rollouts.close()
         self.reward.close()
         self.engine.close()
 
@@ -249,6 +260,14 @@ def rollout_sums(groups: Sequence[Group], replicas: int) -> Sums:
     for group in groups:
         distinct = {s.reward for s in group.samples if s.reward is not None}
         sums.add("zero_variance_groups", len(distinct) <= 1)
+    return sums
+
+
+def staleness(groups: Sequence[Group], version: int) -> Sums:
+    """How many versions the weights that drew a sample (the oldest of them) are behind `version`."""
+    sums = Sums()
+    ages = [version - s.weight_version for g in groups for s in g.samples if s.weight_versions]
+    sums.add("staleness", sum(ages), len(ages))
     return sums
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 
 from megatron_dgpo import platform
+from megatron_dgpo.rollout.ahead import Ahead
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
 from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.types import Group, Prompt, Sample
@@ -14,8 +15,13 @@ from megatron_dgpo.types import Group, Prompt, Sample
 Score = Callable[[Sequence[Sample]], None]
 
 
+def rank_share(prompts: Sequence[Prompt], group: dist.ProcessGroup) -> Sequence[Prompt]:
+    """The prompts that this rank of a replica draws: every size-th."""
+    return prompts[group.rank() :: group.size()]
+
+
 def collect(
-    engine: Engine,
+    engine: Engine | Ahead,
     score: Score,
     prompts: Sequence[Prompt],
     params: SamplingParams,
@@ -26,13 +32,12 @@ def collect(
 ) -> list[Group]:
     """Generate and score groups for `prompts`, which are the same on every rank of `group`.
 
-    Each rank takes every size-th prompt. Returns all groups in the order of the prompts, on every
+    Each rank takes its `rank_share`. Returns all groups in the order of the prompts, on every
     rank. `on_progress` is called with the number of samples that this rank has finished since the
     last call. A `race` scores groups as they come and may stop the engine; the groups that were not
     complete by then have no samples.
     """
-    rank, size = group.rank(), group.size()
-    share = prompts[rank::size]
+    size, share = group.size(), rank_share(prompts, group)
     if race is None:
         drawn = engine.generate(share, params, on_progress=on_progress)
     else:

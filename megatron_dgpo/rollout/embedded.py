@@ -6,6 +6,7 @@ Shape suffixes: R rows of a batch (one sample each), L padded prompt length, N n
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ _SCORED_LOGITS = 1 << 26
 class EmbeddedEngine:
     """A Hugging Face causal language model as a rollout engine.
 
+    Threads may share it: one batch is generated at a time, and weights change between batches.
+
     The model is built from the folder's configuration and holds no usable weights until the first
     `update_weights`; the folder's own weights are not read. A sample depends on the weights, the
     sampling parameters, the prompt's id and tokens and the sample's index, and not on the other
@@ -66,6 +69,7 @@ class EmbeddedEngine:
             raise ValueError(f"max_batch_size must be at least 1, not {max_batch_size}")
         self._device = torch.device(device)
         self._max_batch_size = max_batch_size
+        self._lock = threading.Lock()
         self._version = NO_WEIGHTS
         self._last_version = NO_WEIGHTS
         config = AutoConfig.from_pretrained(model_path)
@@ -104,6 +108,10 @@ class EmbeddedEngine:
         """
         if version < max(self._last_version, 0):
             raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
+        with self._lock:
+            self._update(named_tensors, version)
+
+    def _update(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
         targets = self._open_model().state_dict()
         self._version = NO_WEIGHTS
         storages = {name: target.data_ptr() for name, target in targets.items()}
@@ -154,10 +162,9 @@ class EmbeddedEngine:
             RuntimeError: without weights, after `close`, or for logits that are not finite (named by
                 prompt id).
         """
-        self._require_weights()
+        with self._lock:
+            self._require_weights()
         self._check(prompts, params)
-        if not prompts:
-            return []
         rows = [(prompt, i) for prompt in prompts for i in range(params.n)]
         order = sorted(range(len(rows)), key=lambda r: len(rows[r][0].token_ids))
         samples: dict[int, Sample] = {}
@@ -166,7 +173,9 @@ class EmbeddedEngine:
             if should_stop is not None and should_stop():
                 break
             batch = order[start : start + self._max_batch_size]
-            samples.update(zip(batch, self._generate_batch([rows[r] for r in batch], params), strict=True))
+            with self._lock:
+                drawn = self._generate_batch([rows[r] for r in batch], params)
+            samples.update(zip(batch, drawn, strict=True))
             if on_progress is not None:
                 on_progress(len(batch))
             for p in sorted({r // params.n for r in batch}):
@@ -179,6 +188,7 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def _generate_batch(self, rows: list[tuple[Prompt, int]], params: SamplingParams) -> list[Sample]:
+        self._require_weights()
         numbers_RN = np.stack([uniforms(params.seed, p.id, i, params.max_new_tokens) for p, i in rows])
         chooser = TokenChooser(params, torch.from_numpy(numbers_RN).to(self._device))
         try:

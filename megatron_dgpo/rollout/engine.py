@@ -120,6 +120,9 @@ class Engine(Protocol):
         with each group when it is complete. Once `should_stop` answers True, what is still being drawn
         is given up, and a group that is not complete is None. The engine may call the three from a
         thread of its own; none of them waits for anything.
+
+        May be called from several threads, and weights may change meanwhile: a call that begins during
+        an update waits for its end, and each sample says which weights drew which of its tokens.
         """
         ...
 

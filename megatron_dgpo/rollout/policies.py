@@ -15,7 +15,8 @@ from typing import Any
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import Config
-from megatron_dgpo.rollout.collect import Score, collect
+from megatron_dgpo.rollout.ahead import Ahead
+from megatron_dgpo.rollout.collect import Score, collect, rank_share
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
 from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.rollout.select import Selection, Tally, Verdict, verdict
@@ -27,6 +28,19 @@ Phase = Callable[[str, int], AbstractContextManager[Any]]
 
 class NotEnoughGroups(RuntimeError):
     """Dynamic sampling has drawn as often as it may and the step is still not full."""
+
+
+@dataclass
+class Draw:
+    """A draw as it begins."""
+
+    number: int
+    prompts: Sequence[Prompt]
+    """This replica's: every dp-th."""
+    params: SamplingParams
+    race: Race | None
+    ahead: Ahead | None = None
+    """Where samples are being drawn already."""
 
 
 @dataclass
@@ -75,6 +89,7 @@ class Rollouts:
         self._score = score
         self._prompts_of = prompts_of
         self._params_of = params_of
+        self._ahead: Draw | None = None
         self._store = None
         if stop_early:
             name = platform.gather_objects(uuid.uuid4().hex, groups.world)[0]
@@ -93,28 +108,53 @@ class Rollouts:
         while selection.missing:
             if tally.rounds == c.rollout.max_rounds:
                 raise NotEnoughGroups(_shortage(c, selection))
-            selection.add(self._draw(first_draw + tally.rounds, selection.missing, phase))
+            draw = self._begun(first_draw + tally.rounds, selection.missing)
+            selection.add(self._collect(draw, phase))
         return Rollout(selection.minibatches(c.train.prompts_per_minibatch), tally)
 
-    def _draw(self, draw: int, wanted: int, phase: Phase) -> list[Group]:
+    def start(self, first_draw: int) -> None:
+        """Begin the first draw of the step after this one, in a thread that calls the engine and nothing
+        else; the next `step` takes what came of it."""
+        draw = self._begin(first_draw, self._config.train.prompts_per_step)
+        mine = rank_share(draw.prompts, self._groups.replica)
+        draw.ahead = Ahead(self._engine, mine, draw.params, draw.race)
+        self._ahead = draw
+
+    def close(self) -> None:
+        """Give up what is being drawn ahead."""
+        draw, self._ahead = self._ahead, None
+        if draw is not None and draw.ahead is not None:
+            draw.ahead.give_up()
+            if draw.race is not None:
+                draw.race.close()
+
+    def _begun(self, number: int, wanted: int) -> Draw:
+        """The draw of this number, which may have begun ahead."""
+        draw, self._ahead = self._ahead, None
+        if draw is None:
+            return self._begin(number, wanted)
+        if draw.number != number:
+            raise ValueError(f"draw {number} is asked for, and draw {draw.number} has begun")
+        return draw
+
+    def _begin(self, number: int, wanted: int) -> Draw:
+        dp = self._groups.dp
+        mine = self._prompts_of(number)[dp.rank() :: dp.size()]
+        return Draw(number, mine, self._params_of(number), self._race(number, wanted))
+
+    def _collect(self, draw: Draw, phase: Phase) -> list[Group]:
         """This replica's groups of a draw, scored; those that were given up have no samples."""
-        mine, params = self._share(draw), self._params_of(draw)
-        race = self._race(draw, wanted)
-        with phase("rollout", len(mine) * params.n // self._groups.replica.size()) as bar:
-            groups = collect(
-                self._engine,
+        replica = self._groups.replica
+        with phase("rollout", len(draw.prompts) * draw.params.n // replica.size()) as bar:
+            return collect(
+                draw.ahead or self._engine,
                 self._score,
-                mine,
-                params,
-                self._groups.replica,
-                race=race,
+                draw.prompts,
+                draw.params,
+                replica,
+                race=draw.race,
                 on_progress=bar.update,
             )
-        return groups
-
-    def _share(self, draw: int) -> Sequence[Prompt]:
-        """Each replica draws every dp-th prompt: of whole draws, an equal part of every mini-batch."""
-        return self._prompts_of(draw)[self._groups.dp.rank() :: self._groups.dp.size()]
 
     def _race(self, draw: int, wanted: int) -> Race | None:
         if self._store is None:

@@ -57,11 +57,15 @@ class Race:
 
         Raises what scoring or the store raised.
         """
-        self._come.put(None)
-        self._thread.join()  # scoring has time-outs of its own
+        self.close()
         if self._error is not None:
             raise self._error
         self._score([s for g in groups if id(g) not in self._scored for s in g.samples])
+
+    def close(self) -> None:
+        """Leave the race, whatever came of it."""
+        self._come.put(None)
+        self._thread.join()  # scoring has time-outs of its own
 
     def _run(self) -> None:
         try:

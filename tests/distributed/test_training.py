@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from spawn import run_ranks
-from tiny import split, write_model, write_tokenizer
+from tiny import hf_tensors, split, write_model, write_tokenizer
 
 from megatron_dgpo.config import Config
 from megatron_dgpo.observe.metrics import read_metrics, without_timings
 from megatron_dgpo.observe.samples import read_samples
 from megatron_dgpo.rewards import Outcome, Reward, register
+from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.types import Sample
 
 STEPS = 4
@@ -24,7 +29,13 @@ STEPS = 4
 class Letters(Reward):
     """1 where the response has more letters than the row's answer says: always, never or now and then."""
 
+    calls, stop_at = 0, 0
+    """At this call the process gets a SIGTERM."""
+
     def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        Letters.calls += 1
+        if Letters.calls == Letters.stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
         return [Outcome(float(sum(map(str.isalpha, s.text)) > int(s.prompt.answer))) for s in samples]
 
     def canonical_answer(self, text: str) -> str | None:
@@ -64,13 +75,15 @@ def settings(folder: Path, name: str, **more: dict[str, Any]) -> Config:
     return Config.model_validate(raw)
 
 
-def train(rank: int, world: int, configs: Sequence[Config]) -> None:
-    """Whole runs, one after the other."""
+def train(rank: int, world: int, configs: Sequence[Config], stop_at: int = 0) -> None:
+    """Whole runs, one after the other; asked to stop when the reward is called for the stop_at-th time."""
     from megatron_dgpo.train import load_data, run
 
+    Letters.stop_at = stop_at
     for c in configs:
         with split(c) as groups:
             run(c, groups, load_data(c))
+        assert "rollout ahead" not in [t.name for t in threading.enumerate()]
 
 
 def rows(c: Config) -> list[dict[str, Any]]:
@@ -79,6 +92,10 @@ def rows(c: Config) -> list[dict[str, Any]]:
 
 def samples_of(c: Config, step: int) -> list[dict[str, Any]]:
     return read_samples(c.run.folder / "samples" / f"step_{step:06d}.jsonl")
+
+
+def last_state(c: Config) -> Path:
+    return sorted((c.run.folder / "checkpoints").glob("step_*/run_state.json"))[-1]
 
 
 # --- dynamic sampling ---------------------------------------------------------------------------------
@@ -106,8 +123,7 @@ def test_dynamic_sampling_trains_on_groups_that_differ(dynamic: list[Config]) ->
         assert row["groups_drawn"] - row["groups_all_right"] - row["groups_all_wrong"] >= 4
     draws = sum(row["rollout_rounds"] for row in rows(whole))
     assert draws > STEPS
-    states = sorted((whole.run.folder / "checkpoints").glob("step_*/run_state.json"))
-    assert json.loads(states[-1].read_text())["draws"] == draws
+    assert json.loads(last_state(whole).read_text())["draws"] == draws
 
 
 def test_a_resumed_run_goes_on_with_the_next_draw(dynamic: list[Config]) -> None:
@@ -129,3 +145,106 @@ def test_two_replicas_train_on_the_same_groups(dynamic: list[Config]) -> None:
             {(s["prompt_id"], tuple(s["token_ids"])) for s in samples_of(c, step)} for c in (whole, replicas)
         )
         assert len(everyone) == 16 and len(first) == 8 and first < everyone
+
+
+# --- a step ahead -------------------------------------------------------------------------------------
+
+AHEAD: dict[str, dict[str, Any]] = {
+    "train": {"async_steps": 1},
+    "algorithm": {"name": "dgpo", "tau": 0.05, "tis_cap": 1.5},
+    # One batch: all of a step's samples have weights of one version.
+    "rollout": {"max_batch_size": 64},
+}
+"""The command line refuses this with the embedded engine, which would gain nothing by it."""
+
+
+@pytest.fixture(scope="module")
+def ahead(folder: Path) -> dict[str, Config]:
+    """Runs a step ahead: whole, stopped in step 2 and resumed, with dynamic sampling, on two ranks."""
+    usable = {**AHEAD, "rollout": {"max_batch_size": 64, "dynamic_sampling": True}}
+    stopped = settings(folder, "ahead-resumed", **AHEAD, checkpoint={"every": 0})
+    runs = {
+        "whole": settings(folder, "ahead", **AHEAD),
+        "resumed": stopped.model_copy(update={"run": stopped.run.model_copy(update={"resume": True})}),
+        "dynamic": settings(folder, "ahead-dynamic", **usable, evaluation=heldout(folder)),
+    }
+    run_ranks(train, 1, [stopped], 2, timeout=100)
+    assert [row["step"] for row in rows(stopped)] == [1, 2]
+    run_ranks(train, 1, list(runs.values()), timeout=200)
+    two = settings(folder, "ahead-tp", **AHEAD, parallel={"tensor_model_parallel_size": 2})
+    replicas = settings(folder, "ahead-dp", **AHEAD)
+    run_ranks(train, 2, [two, replicas], timeout=200)
+    return runs | {"TP=2": two, "DP=2": replicas}
+
+
+def heldout(folder: Path) -> dict[str, Any]:
+    return {"data": (folder / "train.jsonl",), "every": 1, "k": 2, "greedy": False}
+
+
+def versions(c: Config, step: int) -> set[int]:
+    spans = [s["weight_versions"] for s in samples_of(c, step)]
+    return {version for sample in spans for version, *_ in sample}
+
+
+@pytest.mark.parametrize("name", ["whole", "TP=2", "DP=2"])
+def test_samples_are_a_version_behind_and_say_so(ahead: dict[str, Config], name: str) -> None:
+    c = ahead[name]
+    assert [versions(c, step) for step in range(1, STEPS + 1)] == [{0}, {0}, {1}, {2}]
+    assert [row["staleness"] for row in rows(c)] == [0, 1, 1, 1]
+    first, *later = rows(c)
+    assert first["log_prob_gap"] < 1e-5 and first["tis_weight"] == pytest.approx(1, abs=1e-5)
+    for row in later:
+        assert row["log_prob_gap"] > 1e-3  # the trainer has moved on
+        assert 1e-4 < abs(row["tis_weight"] - 1) < 0.2 and 0 <= row["tis_capped"] < 0.5
+        assert row["grad_norm"] > 0
+
+
+def test_the_second_step_trains_on_what_the_start_weights_draw(
+    ahead: dict[str, Config], folder: Path
+) -> None:
+    from megatron_dgpo.data import PromptCursor
+    from megatron_dgpo.rollout.engine import SamplingParams
+    from megatron_dgpo.train import load_data
+
+    c = ahead["whole"]
+    data = load_data(c)
+    engine = EmbeddedEngine(c.model.path, dtype=torch.float32, device="cpu", max_batch_size=64)
+    engine.update_weights(hf_tensors(c.model.path).items(), 0)
+    cursor = PromptCursor(len(data.prompts), 4, seed=1, shuffle=True)
+    for draw in (0, 1):
+        params = SamplingParams(16, n=4, seed=1_000_003 + draw, stop_token_ids=data.stop_ids)
+        groups = engine.generate([data.prompts[i] for i in cursor.indices(draw)], params)
+        want = [(g.prompt.id, s.token_ids) for g in groups for s in g.samples]  # type: ignore[union-attr]
+        assert [(s["prompt_id"], s["token_ids"]) for s in samples_of(c, draw + 1)] == want
+
+
+def test_nothing_is_left_out_or_repeated_by_stopping_a_step_ahead(ahead: dict[str, Config]) -> None:
+    def prompts(c: Config) -> list[list[str]]:
+        return [[s["prompt_id"] for s in samples_of(c, step)] for step in range(1, STEPS + 1)]
+
+    whole, resumed = ahead["whole"], ahead["resumed"]
+    assert prompts(resumed) == prompts(whole)
+    # What was in flight when step 2 ended is drawn again, by the weights that were there.
+    assert [versions(resumed, step) for step in range(1, STEPS + 1)] == [{0}, {0}, {2}, {2}]
+    assert [row["staleness"] for row in rows(resumed)] == [0, 1, 0, 1]
+
+
+def test_dynamic_sampling_a_step_ahead_draws_on_with_new_weights(ahead: dict[str, Config]) -> None:
+    from megatron_dgpo.data import PromptCursor
+    from megatron_dgpo.train import load_data
+
+    c = ahead["dynamic"]
+    ids = [p.id for p in load_data(c).prompts]
+    cursor, draw, several = PromptCursor(len(ids), 4, seed=1, shuffle=True), 0, 0
+    for step, row in enumerate(rows(c), start=1):
+        drawn = [ids[i] for d in range(draw, draw + int(row["rollout_rounds"])) for i in cursor.indices(d)]
+        used = [s["prompt_id"] for s in samples_of(c, step)][:: c.train.samples_per_prompt]
+        left = iter(drawn)
+        assert len(used) == 4 and all(name in left for name in used)  # in the order of the draws
+        draw += int(row["rollout_rounds"])
+        several += row["rollout_rounds"] > 1
+        assert versions(c, step) <= {max(step - 2, 0), step - 1}
+        assert 0 <= row["staleness"] <= 1
+    assert several and draw == json.loads(last_state(c).read_text())["draws"]
+    evaluated = [row["step"] for row in read_metrics(c.run.folder, "eval")]
+    assert evaluated == list(range(STEPS + 1))

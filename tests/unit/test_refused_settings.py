@@ -30,6 +30,7 @@ class Case:
 
 TP, PP, CP = (f"--parallel.{name}_parallel_size" for name in ("tensor_model", "pipeline_model", "context"))
 BATCH = ["--train.prompts_per_step", 12, "--train.prompts_per_minibatch"]
+ASYNC = ["--rollout.engine", "sglang", "--train.async_steps", 1]
 STAGE = "--model.transformer.num_layers_in_first_pipeline_stage"
 
 SETTINGS = {
@@ -147,6 +148,18 @@ SETTINGS = {
     "undersampling": Case(
         ["--rollout.oversampling", 0.5], "rollout.oversampling: 0.5: input should be greater than or equal"
     ),
+    "async, embedded": Case(
+        ["--train.async_steps", 1, "--algorithm.tis_cap", 2],
+        "train.async_steps: 1 needs an engine beside the trainer, and rollout.engine = 'embedded' computes",
+    ),
+    "async, colocated": Case(
+        [*ASYNC, "--algorithm.tis_cap", 2, "--rollout.sglang.colocate"],
+        "train.async_steps: 1 needs engines that draw while the trainer computes, and with rollout.sglang.",
+    ),
+    "async, uncorrected": Case(
+        ASYNC, "train.async_steps: 1 trains on samples of older weights, which algorithm.tis_cap corrects"
+    ),
+    "async by more": Case(["--train.async_steps", 2], "train.async_steps: 2: input should be 0 or 1"),
     # data files
     "no data": Case(["--data.train", "[]"], "data.train: at least one file is needed"),
     "missing data": Case(
