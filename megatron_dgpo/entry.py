@@ -22,7 +22,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoTokenizer
 
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
-from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit
+from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, validate
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.mcore.layers import have_transformer_engine
@@ -83,7 +83,15 @@ def _resumed_run(config: AnyConfig) -> Iterator[str]:
         return
     if not any((config.run.folder / "checkpoints").glob("step_*")):
         return  # nothing is resumed
-    before, now = tomllib.loads(old.read_text(encoding="utf-8")), tomllib.loads(dump_toml(config))
+    now = tomllib.loads(dump_toml(config))
+    schema: Any = type(config)
+    try:
+        # Settings that the file does not have yet are at their defaults: as the run was.
+        written = validate(tomllib.loads(old.read_text(encoding="utf-8")), schema)
+    except ConfigError as error:
+        yield f"run.folder: {old} is not of this release ({'; '.join(error.problems)})"
+        return
+    before = tomllib.loads(dump_toml(written))
     if before["run"]["seed"] != config.run.seed:
         yield f"run.seed: the run in {config.run.folder} has {before['run']['seed']}"
     for section in sorted((before.keys() | now.keys()) - _MAY_CHANGE):

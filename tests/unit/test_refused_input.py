@@ -198,6 +198,29 @@ def test_a_resumed_run_is_the_same_run(key: str, place: Place, monkeypatch: Any,
     parse(place.words("train", "--resume", f"--{key}", CHANGES[key]), Config)
 
 
+def test_a_run_from_before_a_setting_was_there_has_its_default(
+    place: Place, monkeypatch: Any, capsys: Any
+) -> None:
+    from megatron_dgpo.cli import dump_toml
+    from megatron_dgpo.config import Config
+    from megatron_dgpo.entry import parse
+
+    run, later = place.folder / "run", ("dynamic_sampling", "oversampling", "async_steps", "tis_cap")
+    (run / "checkpoints" / "step_00000003").mkdir(parents=True)
+    lines = dump_toml(parse(place.words("train"), Config)).splitlines()
+    kept = [line for line in lines if not line.startswith(later)]
+    assert len(kept) == len(lines) - len(later)
+    (run / "config.toml").write_text("\n".join(kept))
+    parse(place.words("train", "--resume"), Config)
+    words = place.words("train", "--resume", "--rollout.dynamic_sampling")
+    line = refused("train", words, monkeypatch, capsys)
+    assert line.startswith(f"error: rollout.dynamic_sampling: the run in {run} has False, not True")
+    (run / "config.toml").write_text("\n".join([*kept, "[train.gone]", "x = 1"]))
+    line = refused("train", place.words("train", "--resume"), monkeypatch, capsys)
+    says = f"error: run.folder: {run / 'config.toml'} is not of this release (train.gone: unknown key"
+    assert line.startswith(says), line
+
+
 def test_a_tokenizer_without_a_template(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     (place.model / "chat_template.jinja").unlink()
     line = refused("sft", place.words("sft"), monkeypatch, capsys)
