@@ -183,7 +183,7 @@ def _model(config: AnyConfig) -> Iterator[str]:
     if isinstance(hf, str):
         yield f"model.path: {hf}"
         return
-    if config.model.init == "weights" and not any(folder.glob("*.safetensors")):
+    if config.model.init == "weights" and not _has_weights(folder):
         yield f"model.path: {folder} has no safetensors (model.init = 'random' starts without)"
     if missing := missing_number(hf):
         yield f"model.path: {folder / 'config.json'} has no whole number {missing}"
@@ -208,6 +208,11 @@ def _model(config: AnyConfig) -> Iterator[str]:
             f"data.max_tokens: {config.data.max_tokens} is above the model's {longest} positions or "
             f"train.max_tokens_per_microbatch {config.train.max_tokens_per_microbatch}"
         )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Hugging Face's, or those of an imported checkpoint."""
+    return any(folder.glob("*.safetensors")) or (folder / "metadata.json").is_file()
 
 
 def missing_number(hf: Mapping[str, Any]) -> str | None:

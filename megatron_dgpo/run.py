@@ -132,10 +132,9 @@ def build_policy(
         overrides=config.model.transformer,
     )
     if config.model.init == "random":
-        source = convert.random_source(config.model.path, config.run.seed)
+        convert.load_hf(model, groups, *convert.random_source(config.model.path, config.run.seed))
     else:
-        source = convert.folder_source(config.model.path)
-    convert.load_hf(model, groups, *source)
+        convert.load_folder(model, groups, config.model.path)
     return Policy(
         model,
         groups,

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,20 +20,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.files import METADATA, check_files, digests, flush_to_disk, write_digests
+from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.policy import Policy, inner_optimizers
 
 log = logging.getLogger(__name__)
 
-_METADATA = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "distrib_optim_fully_reshardable_mem_efficient": False,
-}
 _STATE_FILE = "run_state.json"
-_FILES_FILE = "files.json"
-"""Size and checksum of the others: torch loads changed numbers without a word."""
 _REMEDY = "remove this folder to go on from the checkpoint before it"
 _SAVE_LIMIT_SECONDS = 1800
 
@@ -103,17 +98,17 @@ class CheckpointStore:
                 _sharded_state(policy, loading=False),
                 str(partial),
                 validate_access_integrity=True,
-                content_metadata=_METADATA,
+                content_metadata=METADATA,
             )
         _barrier(self.groups)
-        files = _digests(partial, self.groups)
+        files = digests(partial, self.groups)
         if self.groups.rank == 0:
-            (partial / _FILES_FILE).write_text(json.dumps(files, indent=1))
+            write_digests(partial, files)
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
-            _flush_to_disk(partial)
+            flush_to_disk(partial, contents=True)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-            _flush_to_disk(self.folder)
+            flush_to_disk(self.folder, contents=False)
             self._prune()
         _barrier(self.groups)
         return final
@@ -157,38 +152,8 @@ def _barrier(groups: platform.Groups) -> None:
         dist.barrier(group=groups.world)
 
 
-def _digests(folder: Path, groups: platform.Groups) -> dict[str, str]:
-    """File name -> size and CRC-32, on every rank; each rank reads its share of the files."""
-    names = sorted(p.name for p in folder.iterdir() if p.name not in (_STATE_FILE, _FILES_FILE))
-    found: dict[str, str] = {}
-    for name in names[groups.rank :: groups.world_size]:
-        crc = size = 0
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(1 << 24):
-                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-        found[name] = f"{size} {crc:08x}"
-    return {name: d for part in platform.gather_objects(found, groups.world) for name, d in part.items()}
-
-
-def _check_files(folder: Path, groups: platform.Groups) -> None:
-    listed = folder / _FILES_FILE
-    written = json.loads(listed.read_text()) if listed.is_file() else {_FILES_FILE: "is there"}
-    found = _digests(folder, groups)
-    if bad := sorted(n for n in written.keys() | found.keys() if written.get(n) != found.get(n)):
-        raise ValueError(f"{folder}: {bad[0]} is missing or not what was saved; {_REMEDY}")
-
-
-def _flush_to_disk(folder: Path) -> None:
-    for path in [*folder.iterdir(), folder] if folder.suffix == ".partial" else [folder]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    metadata = dict(_METADATA)  # Megatron writes a process group into it
+    metadata = dict(METADATA)  # Megatron writes a process group into it
     model = policy.ddp.module.sharded_state_dict(metadata=metadata)
     groups = policy.groups
     return {
@@ -220,7 +185,10 @@ def restore(policy: Policy, checkpoint: Checkpoint) -> None:
 
     Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
     """
-    _check_files(checkpoint.path, policy.groups)
+    try:
+        check_files(checkpoint.path, policy.groups)
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from error
     with platform.megatron_calls():
         _accept_missing_step(policy)
         wanted = _sharded_state(policy, loading=True)
@@ -235,6 +203,24 @@ def restore(policy: Policy, checkpoint: Checkpoint) -> None:
     _separate_steps(policy)
     if same_ranks:
         _restore_rng(loaded["rng"])
+
+
+def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> None:
+    """Load a checkpoint's weights, and nothing else of it, into the model at whatever split it has.
+
+    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
+    """
+    check_files(folder, groups)
+    with platform.megatron_calls(), torch.no_grad():
+        state = model.sharded_state_dict(metadata=dict(METADATA))
+        # The others are the extra state of linear layers: empty without FP8, and not imported.
+        tensors = {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
+        loaded = dist_checkpointing.load(tensors, str(folder))
+        loaded = {name: tensor for name, tensor in loaded.items() if name in tensors}
+        missing, unexpected = model.load_state_dict(loaded, strict=False)
+    missing = [name for name in missing if not name.endswith("._extra_state")]
+    if missing or unexpected:
+        raise RuntimeError(f"{folder}: not loaded: {missing}; not expected: {unexpected}")
 
 
 def _accept_missing_step(policy: Policy) -> None:

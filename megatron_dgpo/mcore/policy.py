@@ -196,32 +196,7 @@ class Policy:
             raise ValueError("a pass needs at least one micro-batch on every rank (see data.empty_batch)")
         if self.config.sequence_parallel:
             batches = [pad_for_sequence_parallel(b, self.groups.tp.size()) for b in batches]
-
-        def forward_step(batches_left: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
-            batch = next(batches_left)
-            return model(batch), partial(self._on_last_stage, fn, batch)
-
-        with platform.megatron_calls():
-            return get_forward_backward_func()(
-                forward_step_func=forward_step,
-                data_iterator=iter(batches),
-                model=[self.ddp],
-                num_microbatches=len(batches),
-                seq_length=max(b.num_tokens for b in batches),
-                micro_batch_size=1,
-                forward_only=forward_only,
-                collect_non_loss_data=forward_only,
-            )
-
-    def _on_last_stage(
-        self, fn: Callable, batch: PackedBatch, hidden: Tensor, non_loss_data: bool = False
-    ) -> Any:
-        out = fn(hidden.squeeze(1), self.model.head_weight, batch)
-        if non_loss_data:
-            return out
-        loss, metrics = out
-        # A token count of 0 tells Megatron not to divide: coefficients are global already.
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+        return _schedule(self.ddp, self.model, batches, fn, forward_only=forward_only)
 
     # --- reference --------------------------------------------------------------------------------
 
@@ -255,6 +230,42 @@ class Policy:
         if self.shape.tied and self.model.pre_process:
             name = "embedding.word_embeddings.weight"
         return self._reference[name].to(self.groups.device, non_blocking=True)
+
+
+@torch.no_grad()
+def forward(model: PolicyModel, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
+    """`Policy.forward` of a model that is not trained: without buffers for gradients or an optimizer."""
+    return _schedule(model, model, batches, fn, forward_only=True)
+
+
+def _schedule(
+    wrapped: Any, model: PolicyModel, batches: Sequence[PackedBatch], fn: Callable, *, forward_only: bool
+) -> list[Any]:
+    """Megatron's schedule over micro-batches of the model, or of what it is wrapped in for training."""
+
+    def on_last_stage(batch: PackedBatch, hidden: Tensor, non_loss_data: bool = False) -> Any:
+        out = fn(hidden.squeeze(1), model.head_weight, batch)
+        if non_loss_data:
+            return out
+        loss, metrics = out
+        # A token count of 0 tells Megatron not to divide: coefficients are global already.
+        return loss, torch.zeros((), dtype=torch.int, device=loss.device), metrics
+
+    def forward_step(batches_left: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
+        batch = next(batches_left)
+        return model(batch), partial(on_last_stage, batch)
+
+    with platform.megatron_calls():
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[wrapped],
+            num_microbatches=len(batches),
+            seq_length=max(b.num_tokens for b in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
 
 
 def inner_optimizers(optimizer: Any) -> list[Any]:

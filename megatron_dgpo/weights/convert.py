@@ -1,54 +1,54 @@
-"""Hugging Face folders into this rank's shards, and the shards back into a Hugging Face folder."""
+"""Model folders into this rank's shards, and the shards back into a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_dgpo import platform
-from megatron_dgpo.mcore.model import ModelShape, PolicyModel
+from megatron_dgpo.mcore.checkpoint import load_weights
+from megatron_dgpo.mcore.files import is_checkpoint
+from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.weights.checkpoints import (
+    MegatronFolder,
+    OnBytes,
+    checkpoint_source,
+    ignore,
+    name_table,
+)
 from megatron_dgpo.weights.export import export_stream, local_entries
-from megatron_dgpo.weights.names import Entry, NameTable
-from megatron_dgpo.weights.shards import from_full, shard, to_full
+from megatron_dgpo.weights.folders import (
+    INDEX_FILE,
+    ONE_FILE,
+    TensorSource,
+    complete_or_absent,
+    copy_beside_weights,
+    tensor_files,
+    tensor_reader,
+)
+from megatron_dgpo.weights.names import Entry
+from megatron_dgpo.weights.shards import hf_shapes, shard, to_full
 
-TensorSource = Callable[[str], Tensor]
 DEFAULT_SHARD_BYTES = 5 << 30
 
 
-def name_table(shape: ModelShape) -> NameTable:
-    return NameTable(shape.family, shape.num_layers, tied=shape.tied)
-
-
 def folder_source(folder: Path) -> tuple[list[str], TensorSource]:
-    """Names in a folder's safetensors (one file or several) and a function that reads one of them.
+    """Hugging Face names in a folder, of safetensors (one file or several) or of an imported checkpoint,
+    and a function that reads one of them.
 
-    Raises FileNotFoundError when the folder has no safetensors file or lacks one of its index.
+    Raises FileNotFoundError when the folder has no weights or lacks a file, ValueError for a file that is
+    damaged or is not what the others say (see `folders.tensor_files` and `checkpoints.checkpoint_source`).
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
-        if missing := sorted({f for f in files.values() if not (folder / f).is_file()}):
-            raise FileNotFoundError(f"{folder}: {missing[0]} is listed in the index but is not there")
-    elif (folder / "model.safetensors").is_file():
-        with safe_open(folder / "model.safetensors", framework="pt") as f:
-            files = dict.fromkeys(f.keys(), "model.safetensors")
-    else:
-        raise FileNotFoundError(
-            f"{folder}: no model.safetensors (set model.init = 'random' to start from random weights)"
-        )
-
-    def read(name: str) -> Tensor:
-        with safe_open(folder / files[name], framework="pt") as f:
-            return f.get_tensor(name)
-
-    return list(files), read
+    if is_checkpoint(folder):
+        return checkpoint_source(folder, ModelShape.from_folder(folder))
+    files = tensor_files(folder)
+    return list(files), tensor_reader(folder, files)
 
 
 def random_source(folder: Path, seed: int) -> tuple[list[str], TensorSource]:
@@ -75,24 +75,20 @@ def load_hf(model: PolicyModel, groups: platform.Groups, names: list[str], read:
     with torch.no_grad():
         for entry, parameter in local_entries(model, table):
             tensors = [read(n) for n in entry.hf]
-            _check_shapes(entry, tensors, parameter, groups.tp.size(), model.shape)
+            _check_tensors(entry, tensors, model.shape)
             full = to_full(entry, tensors, model.shape, padded)
             part = shard(entry, full, groups.tp.rank(), groups.tp.size())
             parameter.copy_(part)
 
 
-def _check_shapes(entry: Entry, tensors: list[Tensor], parameter: Tensor, tp: int, shape: ModelShape) -> None:
-    """Raise ValueError for a tensor that is not of the shape that export would give it: joined with
-    others or padded, a wrong one could make a parameter of the right shape."""
-    full_shape = list(parameter.shape)
-    if entry.tp_dim is not None:
-        full_shape[entry.tp_dim] *= tp
-    wanted = from_full(entry, torch.empty(full_shape, device="meta"), shape)
-    for name, tensor, like in zip(entry.hf, tensors, wanted, strict=True):
-        if tensor.shape != like.shape:
-            raise ValueError(
-                f"{name}: the shape is {tuple(tensor.shape)}, but config.json makes it {tuple(like.shape)}"
-            )
+def _check_tensors(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> None:
+    """Raise ValueError for a tensor that is not of the shape that export would give it (joined with others
+    or padded, a wrong one could make a parameter of the right shape), or that does not hold weights."""
+    for name, tensor, wanted in zip(entry.hf, tensors, hf_shapes(entry, shape), strict=True):
+        if tuple(tensor.shape) != wanted:
+            raise ValueError(f"{name}: the shape is {tuple(tensor.shape)}, but config.json makes it {wanted}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {tensor.dtype} holds no weights")
 
 
 def save_hf(
@@ -113,19 +109,38 @@ def save_hf(
         for _ in stream:
             pass
         return
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for extra in source.iterdir():
-        if (
-            extra.is_file()
-            and extra.suffix in (".json", ".jinja", ".txt", ".model")
-            and "safetensors" not in extra.name
-        ):
-            shutil.copy(extra, partial / extra.name)
-    write_safetensors(stream, partial, shard_bytes=shard_bytes)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    with complete_or_absent(target, overwrite=True) as partial:
+        write_safetensors(stream, partial, shard_bytes=shard_bytes)
+        copy_beside_weights(source, partial, model.config.params_dtype)
+
+
+def export_hf(
+    checkpoint: MegatronFolder,
+    target: Path,
+    *,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    overwrite: bool = False,
+    on_bytes: OnBytes = ignore,
+) -> None:
+    """Write a distributed checkpoint's weights as a Hugging Face folder, tensor by tensor.
+
+    Raises FileExistsError for a target that is there, without `overwrite`.
+    """
+    with complete_or_absent(target, overwrite=overwrite) as folder:
+        write_safetensors(checkpoint.stream(on_bytes), folder, shard_bytes=shard_bytes)
+        copy_beside_weights(checkpoint.beside, folder, checkpoint.dtype)
+
+
+def load_folder(model: PolicyModel, groups: platform.Groups, folder: Path) -> None:
+    """Fill this rank's parameters from a model folder: Hugging Face's, or an imported checkpoint.
+
+    Raises what `folder_source`, `load_hf` and `mcore.checkpoint.load_weights` raise.
+    """
+    names, read = folder_source(folder)
+    if is_checkpoint(folder):
+        load_weights(model, groups, folder)
+    else:
+        load_hf(model, groups, names, read)
 
 
 def write_safetensors(
@@ -151,7 +166,7 @@ def write_safetensors(
         total += size
     flush()
     if len(files) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
+        (folder / "part-0").rename(folder / ONE_FILE)
         return
     weight_map = {}
     for i, names in enumerate(files):
@@ -159,4 +174,4 @@ def write_safetensors(
         (folder / f"part-{i}").rename(folder / final)
         weight_map.update(dict.fromkeys(names, final))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=1))

@@ -134,15 +134,30 @@ class NameTable:
         given = set(names) - ({"lm_head.weight"} if self.tied else set())
         wanted = set(self._by_hf)
         if missing := sorted(wanted - given):
-            raise KeyError(f"missing from the checkpoint: {_some(missing)}")
+            raise KeyError(f"missing from the checkpoint: {some(missing)}")
         if extra := sorted(given - wanted):
-            raise KeyError(f"in the checkpoint and without a Megatron name: {_some(extra)}")
+            raise KeyError(f"in the checkpoint and without a Megatron name: {some(extra)}")
 
 
-def _some(names: list[str], limit: int = 5) -> str:
+def some(names: list[str], limit: int = 5) -> str:
     """The first few of many names, and how many there are."""
     shown = ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
     return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({shown})"
+
+
+def checkpoint_key(entry: Entry) -> tuple[str, int | None]:
+    """The key of a parameter in Megatron's distributed checkpoint, and its layer number.
+
+    Layers share a key there, and their number is the first index of its tensor; norms have Transformer
+    Engine's names, so that a checkpoint fits both layer specs.
+    """
+    name = entry.megatron
+    for alias, plain in _ALIASES.items():
+        if name.endswith(plain):
+            name = name[: -len(plain)] + alias
+    if match := re.fullmatch(r"(decoder\.layers\.)(\d+)\.(.+)", name):
+        return match[1] + match[3], int(match[2])
+    return name, None
 
 
 def global_name(local_name: str, first_layer: int) -> str:

@@ -15,6 +15,34 @@ from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.weights.names import Entry
 
 
+def full_shape(entry: Entry, shape: ModelShape, padded_vocab: int) -> tuple[int, ...]:
+    """Of the unsplit Megatron parameter. Raises KeyError for one that is not known."""
+    hidden, heads = shape.hidden_size, shape.num_heads * shape.head_dim
+    qkv = heads + 2 * shape.num_query_groups * shape.head_dim
+    sizes: dict[str, tuple[int, ...]] = {
+        "word_embeddings.weight": (padded_vocab, hidden),
+        "output_layer.weight": (padded_vocab, hidden),
+        "linear_qkv.weight": (qkv, hidden),
+        "linear_qkv.bias": (qkv,),
+        "linear_proj.weight": (hidden, heads),
+        "linear_fc1.weight": (2 * shape.ffn_hidden_size, hidden),
+        "linear_fc2.weight": (hidden, shape.ffn_hidden_size),
+        "q_layernorm.weight": (shape.head_dim,),
+        "k_layernorm.weight": (shape.head_dim,),
+        "input_layernorm.weight": (hidden,),
+        "pre_mlp_layernorm.weight": (hidden,),
+        "final_layernorm.weight": (hidden,),
+    }
+    return sizes[".".join(entry.megatron.rsplit(".", 2)[-2:])]
+
+
+def hf_shapes(entry: Entry, shape: ModelShape) -> list[tuple[int, ...]]:
+    """Of the Hugging Face tensors, in the entry's order."""
+    padded = shape.padded_vocab_size(1)
+    full = torch.empty(full_shape(entry, shape, padded), device="meta")
+    return [tuple(t.shape) for t in from_full(entry, full, shape)]
+
+
 def to_full(entry: Entry, tensors: Sequence[Tensor], shape: ModelShape, padded_vocab: int) -> Tensor:
     """Hugging Face tensors, in the entry's order -> the unsplit Megatron parameter."""
     if entry.layout == "qkv":
