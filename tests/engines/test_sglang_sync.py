@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -21,7 +22,11 @@ from tiny import write_model
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
 
-FAMILIES = {"qwen2": {"tied": True}}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen2": {"family": "qwen2", "tied": True},
+    "qwen3": {"family": "qwen3", "tied": False},
+    "llama": {"family": "llama", "tied": False},
+}
 SPLITS = [{"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2}]
 """On four ranks, so that the last two have a second replica that sends nothing."""
 BOUND = 1e-4
