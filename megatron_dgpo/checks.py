@@ -94,6 +94,9 @@ def _sglang(config: Config) -> Iterator[str]:
         yield "rollout.sglang.urls: a server occurs twice"
     if given and c.colocate:
         yield f"rollout.sglang.colocate: needs servers that the run starts; {given[0]} is set"
+    hf = read_json(config.model.path / "config.json")
+    if isinstance(hf, dict) and not hf.get("architectures"):
+        yield f"model.path: {config.model.path / 'config.json'} names no architectures, which SGLang asks for"
     yield from _launch(c.launch, managed=not given)
     limit = config.parallel.timeout_seconds
     for key, seconds in (

@@ -201,6 +201,9 @@ SETTINGS = {
         [*SGLANG, "--rollout.sglang.urls", f'["{URL}"]', "--rollout.sglang.colocate"],
         "rollout.sglang.colocate: needs servers that the run starts; rollout.sglang.urls is set",
     ),
+    "no architectures": Case(
+        SGLANG, "model.path: {model}/config.json names no architectures", hf={"architectures": None}
+    ),
     "patience": Case(
         [*SGLANG, "--sync.timeout_seconds", 6000],
         "sync.timeout_seconds: 6000 must be below parallel.timeout_seconds",

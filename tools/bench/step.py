@@ -77,6 +77,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         num_key_value_heads=2,
         max_position_embeddings=args.prompt_tokens + args.response_tokens,
         tie_word_embeddings=True,
+        architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder)
 
 

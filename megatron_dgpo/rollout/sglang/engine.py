@@ -61,7 +61,8 @@ class SGLangEngine:
         self._timeout = sync.timeout_seconds
         self._version = -1
         self._group_number = 0
-        self._transport: Transport | None = None
+        self.transport: Transport | None = None
+        """How this rank's weights go to the servers, once they have; None on ranks that send none."""
         self.client = SGLangClient(
             list(fleet.ranks),
             generate_url=config.router or None,
@@ -161,8 +162,8 @@ class SGLangEngine:
             self._session.pause()
         for stage in range(self._groups.pp.size()):
             # One after the other: a server that joins one group is deaf for the next.
-            if self._is_source(stage) and self._transport is None:
-                self._transport = self._connect(stage)
+            if self._is_source(stage) and self.transport is None:
+                self.transport = self._connect(stage)
             if not self._agree():
                 return False
         if speaks:
@@ -180,10 +181,10 @@ class SGLangEngine:
     def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
         """Gather what this stage owns, to the end, and send it from its first TP rank."""
         for bucket in buckets:
-            if self._transport is not None:
-                self._transport.send(bucket, version)
-        if self._transport is not None:
-            self._transport.finish()
+            if self.transport is not None:
+                self.transport.send(bucket, version)
+        if self.transport is not None:
+            self.transport.finish()
 
     def _is_source(self, stage: int) -> bool:
         g = self._groups
@@ -210,7 +211,7 @@ class SGLangEngine:
 
         Raises WeightUpdateFailed on all ranks when a server that lives refused its part of it.
         """
-        transport = self._transport
+        transport = self.transport
         refusals = {**self._session.refusals, **(transport.refusals if transport else {})}
         failed = transport is not None and transport.failed
         reports = platform.gather_objects((self.client.dead, refusals, failed), self._groups.world)
@@ -231,8 +232,8 @@ class SGLangEngine:
                 self.client.mark_dead(url, reason)
         if self._agree():
             return
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        if self.transport is not None:
+            self.transport.close()
+            self.transport = None
         self._fleet.replace(self.client.dead)
         self.client.set_servers(list(self._fleet.ranks))

@@ -127,7 +127,8 @@ class Broadcast(_Sender):
     ) -> None:
         super().__init__(client, list(ranks), timeout_seconds)
         self.name = name
-        self._group: dist.ProcessGroup | None = None
+        self.group: dist.ProcessGroup | None = None
+        """None once it was broken off."""
         self._work: dist.Work | None = None
         address = socket.gethostname() if address == "hostname" else address
         world_size = 1 + sum(ranks.values())
@@ -153,15 +154,15 @@ class Broadcast(_Sender):
         # Joining waits for all; a server that cannot come says so long before that times out.
         wait_for([joining, *self._answers.values()], return_when=FIRST_EXCEPTION)
         if joining.done() and joining.exception() is None:
-            self._group = joining.result()
+            self.group = joining.result()
         elif joining.done():
             log.warning("the group for weights was not formed: %s", joining.exception())
         self.settle()
-        self.failed = self.failed or self._group is None
+        self.failed = self.failed or self.group is None
 
     def send(self, bucket: WeightBucket, version: int) -> None:
         self.settle()
-        if self.failed or self._group is None:
+        if self.failed or self.group is None:
             return
         payload = dict(
             names=bucket.names,
@@ -174,7 +175,7 @@ class Broadcast(_Sender):
         )
         self.post_bucket("/update_weights_from_distributed", dict.fromkeys(self.servers, payload), bucket)
         self._work = dist.broadcast(
-            bucket.flat.view(torch.uint8), group=self._group, group_src=0, async_op=True
+            bucket.flat.view(torch.uint8), group=self.group, group_src=0, async_op=True
         )
 
     def answered(self) -> None:
@@ -187,7 +188,7 @@ class Broadcast(_Sender):
         self._drop_group()
 
     def _drop_group(self) -> None:
-        group, self._group, self._work = self._group, None, None
+        group, self.group, self._work = self.group, None, None
         if group is not None:
             group.abort()
             dist.destroy_process_group(group)

@@ -1,0 +1,196 @@
+"""Times full weight syncs into a real SGLang server against bare broadcasts of the same bytes.
+
+    make sglang
+    python tools/bench/weight_sync.py [--rounds 7]
+    torchrun --standalone --nproc-per-node 2 tools/bench/weight_sync.py --tensor-model-parallel-size 2
+
+A sync is everything that happens between two rollouts, but for the probe: pausing the server, gathering
+and renaming the weights, sending them in buckets, loading them, resuming. The bare broadcast sends as
+many bytes in as many pieces through the same process group, between the same two processes, in one
+request; they have a name that SGLang's models pass over, so the server loads nothing. The two take turns;
+a ratio is between two of one round.
+
+Printed: medians over the rounds, GB/s, the sync's rate over the bare one's as the median of the ratios
+with the least and the most, and by how much this process's memory grew during a sync, in buckets (the
+largest one, which one large tensor may fill alone).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from machine import describe_machine
+from step import write_model
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import LaunchConfig, ParallelConfig, SGLangConfig, SyncConfig
+from megatron_dgpo.mcore.model import ModelShape, build_model
+from megatron_dgpo.rollout.sglang.engine import SGLangEngine
+from megatron_dgpo.rollout.sglang.fleet import Fleet
+from megatron_dgpo.rollout.sglang.transport import Broadcast
+from megatron_dgpo.weights.export import stage_buckets
+
+PASSED_OVER = "rotary_emb.inv_freq"
+"""A name that SGLang's models do not load."""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--hidden", type=int, default=896)
+    parser.add_argument("--layers", type=int, default=24 if on_gpu else 8)
+    parser.add_argument("--vocab", type=int, default=151936 if on_gpu else 32768)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--bucket-bytes", type=int, default=64 << 20)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    parser.add_argument("--python", type=Path, default=Path(".venv-sglang/bin/python"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/weight_sync.json"))
+    args = parser.parse_args()
+    args.prompt_tokens, args.response_tokens = 16, 112
+    return args
+
+
+def timed(call: Callable[[], object], groups: platform.Groups) -> float:
+    dist.barrier(group=groups.world)
+    started = time.perf_counter()
+    call()
+    dist.barrier(group=groups.world)
+    return time.perf_counter() - started
+
+
+def resident_peak(call: Callable[[], object]) -> int:
+    """By how many bytes this process grew at most during the call (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
+
+
+class Bare:
+    """The same bytes in the same pieces, and nothing else."""
+
+    def __init__(
+        self, engine: SGLangEngine, group: Broadcast, sizes: list[int], device: torch.device
+    ) -> None:
+        self._engine, self._group = engine, group
+        self._pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+
+    def __call__(self) -> None:
+        url = self._group.servers[0]
+        payload = dict(
+            names=[PASSED_OVER] * len(self._pieces),
+            dtypes=["uint8"] * len(self._pieces),
+            shapes=[list(p.shape) for p in self._pieces],
+            group_name=self._group.name,
+            flush_cache=False,
+        )
+        for path in ("/pause_generation", "/begin_weight_update"):
+            self._control(url, path)
+        answer = self._engine.client.submit(
+            url, "/update_weights_from_distributed", payload, timeout=self._group.timeout_seconds
+        )
+        for piece in self._pieces:
+            dist.broadcast(piece, group=self._group.group, group_src=0)
+        answer.result()
+        for path in ("/end_weight_update", "/continue_generation"):
+            self._control(url, path)
+
+    def _control(self, url: str, path: str) -> None:
+        mode: dict[str, Any] = {"mode": "retract"} if path == "/pause_generation" else {}
+        self._engine.client.submit(url, path, mode, timeout=60).result()
+
+
+def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, parallel: ParallelConfig) -> Any:
+    write_model(folder, args)
+    shape = ModelShape.from_folder(folder)
+    model = build_model(shape, parallel, groups, params_dtype=getattr(torch, args.dtype))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    sizes = [
+        b.flat.numel() * b.flat.element_size()
+        for b in stage_buckets(model, groups, bucket_bytes=args.bucket_bytes)
+    ]
+    sglang = SGLangConfig(launch=LaunchConfig(python=args.python))
+    fleet = Fleet(sglang, groups, model_path=folder, dtype=args.dtype, log_folder=folder / "servers")
+    engine = SGLangEngine(
+        fleet,
+        groups,
+        sglang,
+        SyncConfig(),
+        decode=str,
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+    )
+    version = iter(range(1_000_000))
+
+    def sync() -> None:
+        engine.update_weights_by_stage(
+            lambda: stage_buckets(model, groups, bucket_bytes=args.bucket_bytes), next(version)
+        )
+
+    try:
+        sync()  # the server joins the process group
+        group = engine.transport
+        bare = Bare(engine, group, sizes, groups.device) if isinstance(group, Broadcast) else lambda: None
+        bare()
+        rounds = []
+        for k in range(args.rounds):
+            both = [("sync", sync), ("bare", bare)]
+            rounds.append({name: timed(call, groups) for name, call in both[:: 1 if k % 2 else -1]})
+        del bare
+        grown = resident_peak(sync)
+    finally:
+        engine.close()
+    return report(args, rounds, sizes, grown)
+
+
+def report(args: argparse.Namespace, rounds: list[dict[str, float]], sizes: list[int], grown: int) -> Any:
+    size = sum(sizes)
+    ratios = sorted(r["bare"] / r["sync"] for r in rounds)
+    return {
+        "bytes": size,
+        "seconds": {name: statistics.median(r[name] for r in rounds) for name in ("sync", "bare")},
+        "gb_per_second": {
+            name: size / statistics.median(r[name] for r in rounds) / 1e9 for name in ("sync", "bare")
+        },
+        "sync_over_bare": {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]},
+        "memory_growth_bytes": grown,
+        "largest_bucket_bytes": max(sizes),
+        "memory_growth_in_largest_buckets": grown / max(sizes),
+        "settings": {k: str(v) for k, v in vars(args).items()},
+        "machine": describe_machine(),
+        "rounds": rounds,
+    }
+
+
+def main() -> None:
+    args = parse_arguments()
+    parallel = ParallelConfig(tensor_model_parallel_size=args.tensor_model_parallel_size)
+    with tempfile.TemporaryDirectory() as name, platform.distributed(parallel, seed=1) as groups:
+        folder = platform.gather_objects(Path(name), groups.world)[0]
+        result = measure(args, folder, groups, parallel)
+        if groups.rank == 0:
+            args.json.parent.mkdir(parents=True, exist_ok=True)
+            args.json.write_text(json.dumps(result, indent=1))
+            print(json.dumps({k: v for k, v in result.items() if k != "rounds"}, indent=1))
+            print(f"everything is in {args.json}")
+
+
+if __name__ == "__main__":
+    main()
