@@ -202,7 +202,7 @@ SETTINGS = {
         "rollout.sglang.colocate: needs servers that the run starts; rollout.sglang.urls is set",
     ),
     "no architectures": Case(
-        SGLANG, "model.path: {model}/config.json names no architectures", hf={"architectures": None}
+        SGLANG, "model.path: {folder}/model/config.json names no architectures", hf={"architectures": None}
     ),
     "patience": Case(
         [*SGLANG, "--sync.timeout_seconds", 6000],
