@@ -218,6 +218,12 @@ class CheckpointReader:
             if isinstance(stored, TensorStorageMetadata)
         }
 
+    def is_complete(self, key: str) -> bool:
+        """Whether the blocks that were saved make up the whole tensor."""
+        stored = self._index.state_dict_metadata[key]
+        assert isinstance(stored, TensorStorageMetadata)
+        return sum(chunk.sizes.numel() for chunk in stored.chunks) == stored.size.numel()
+
     def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
         """A block of a tensor. Raises ValueError where the checkpoint does not hold all of it."""
         stored = self._index.state_dict_metadata[key]

@@ -164,7 +164,18 @@ class ModelShape:
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelShape:
-        return cls.from_hf(json.loads((folder / "config.json").read_text()))
+        """Raises OSError where there is no config.json, and ValueError naming it and what is wrong in it."""
+        path = folder / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} does not hold a JSON object")
+        try:
+            return cls.from_hf(config)
+        except ValueError as error:
+            raise ValueError(f"{folder}/{error}") from error
 
     def padded_vocab_size(self, tp: int) -> int:
         """Vocabulary rows held over all TP ranks; those beyond vocab_size are padding.

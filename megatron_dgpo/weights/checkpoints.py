@@ -61,7 +61,10 @@ class HFFolder:
         self.shape = ModelShape.from_folder(folder)
         files = tensor_files(folder)
         table = name_table(self.shape)
-        table.check_hf_names(list(files))
+        try:
+            table.check_hf_names(list(files))
+        except KeyError as error:
+            raise KeyError(f"{folder}: {error.args[0]}") from error
         tensors = describe(folder, files)
         wanted = {n: s for e in table.entries for n, s in zip(e.hf, hf_shapes(e, self.shape), strict=True)}
         for name, want in wanted.items():
@@ -190,6 +193,8 @@ class MegatronFolder:
             want = want if layer is None else (self.shape.num_layers, *want)
             if stored != want:
                 raise ValueError(f"{self.folder}: {key} has shape {stored}, config.json makes it {want}")
+            if not self._reader.is_complete(key):
+                raise ValueError(f"{self.folder}: parts of {key} are missing")
 
     def tensors(self, entry: Entry) -> list[Tensor]:
         """The Hugging Face tensors of an entry, read from the checkpoint."""

@@ -1,0 +1,232 @@
+"""Imported checkpoints at every split: loaded, saved by a run and exported again, and killed while saving."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import convert_checkpoint
+import pytest
+import torch
+from spawn import run_ranks
+from split_ranks import rank_context
+from tiny import FAMILIES, VOCAB, config, hf_model, hf_tensors, sequences, split, write_model
+
+from megatron_dgpo.cli import dump_toml
+from megatron_dgpo.weights.checkpoints import HFFolder, import_hf, open_checkpoint
+from megatron_dgpo.weights.convert import export_hf
+
+TIED = (True, False)
+SPLITS = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2)}
+"""TP x PP, each on four ranks."""
+CASES = [(family, tied, name) for family in FAMILIES for tied in TIED for name in SPLITS]
+TRAINED = [("qwen3", False, "2x2"), ("qwen2", True, "1x2")]
+"""Saved as a run saves them: with optimizer and all."""
+
+
+def work(rank, world_size, folder):
+    """Load each imported folder at each split, and write a checkpoint of what is there then."""
+    from megatron.core import dist_checkpointing
+
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore
+    from megatron_dgpo.mcore.files import METADATA, digests, write_digests
+    from megatron_dgpo.mcore.hf_config import ModelShape
+    from megatron_dgpo.mcore.model import build_model
+    from megatron_dgpo.platform import megatron_calls
+    from megatron_dgpo.run import build_policy
+    from megatron_dgpo.weights.convert import load_folder
+
+    for name, (tp, pp) in SPLITS.items():
+        c = config(folder / "unused", tp=tp, pp=pp)
+        with split(c) as groups:
+            for family, tied, _ in [case for case in CASES if case[2] == name]:
+                imported = folder / f"{family}{tied}-imported"
+                model = build_model(
+                    ModelShape.from_folder(imported), c.parallel, groups, params_dtype=torch.float32
+                )
+                for parameter in model.parameters():
+                    parameter.data.fill_(float("nan"))
+                load_folder(model, groups, imported)
+                target = folder / f"{family}{tied}-{name}"
+                if rank == 0:
+                    target.mkdir()
+                torch.distributed.barrier()
+                with megatron_calls():
+                    state = model.sharded_state_dict(metadata=dict(METADATA))
+                    dist_checkpointing.save(state, str(target), content_metadata=dict(METADATA))
+                if rank == 0:
+                    write_digests(target, digests(target))
+    for family, tied, name in TRAINED:
+        tp, pp = SPLITS[name]
+        run = folder / f"{family}{tied}-run"
+        c = config(folder / f"{family}{tied}-imported", tp=tp, pp=pp)
+        with split(c) as groups:
+            policy = build_policy(c, groups, total_updates=1, keep_reference=False)
+            CheckpointStore(run / "checkpoints", groups).save(policy, {"step": 7, "world_size": 4})
+        if rank == 0:
+            (run / "config.toml").write_text(dump_toml(c))
+    return True
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("convert")
+    for family in FAMILIES:
+        for tied in TIED:
+            write_model(path / f"{family}{tied}", family=family, tied=tied)
+            import_hf(HFFolder(path / f"{family}{tied}"), path / f"{family}{tied}-imported")
+    run_ranks(work, 4, path, timeout=300)
+    return path
+
+
+@pytest.mark.parametrize(("family", "tied", "name"), CASES)
+def test_through_a_model_at_any_split_and_back_bit_for_bit(folder, tmp_path, family, tied, name):
+    original = folder / f"{family}{tied}"
+    export_hf(open_checkpoint(folder / f"{family}{tied}-{name}", original), tmp_path / "back")
+    want, got = hf_tensors(original), hf_tensors(tmp_path / "back")
+    assert set(got) == set(want)
+    assert all(torch.equal(got[n].view(torch.int32), want[n].view(torch.int32)) for n in want)
+
+
+@pytest.mark.parametrize(("family", "tied", "name"), TRAINED)
+def test_a_runs_checkpoint_is_exported_with_its_models_configuration(folder, tmp_path, family, tied, name):
+    step = folder / f"{family}{tied}-run" / "checkpoints" / "step_00000007"
+    target = tmp_path / "back"
+    assert convert_checkpoint.main(["export", str(step), str(target)]) == 0
+    want, got = hf_tensors(folder / f"{family}{tied}"), hf_tensors(target)
+    assert set(got) == set(want) and all(torch.equal(got[n], want[n]) for n in want)
+    assert hf_model(target)(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, VOCAB)
+    assert {p.name for p in target.iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors")
+    }
+
+
+# --- verify ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def verify(capsys, *words):
+    status = convert_checkpoint.main(["verify", *map(str, words)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize(("family", "tied", "name"), [("llama", True, "2x2"), ("qwen3", False, "2x1")])
+def test_verify_agrees_with_transformers(folder, alone, capsys, tmp_path, family, tied, name):
+    (tmp_path / "prompts").write_text("\n".join(json.dumps([*p, *r]) for p, r in sequences()) + "\n\n")
+    tp, pp = SPLITS[name]
+    status, out, _ = verify(
+        capsys,
+        *(folder / f"{family}{tied}", folder / f"{family}{tied}-imported"),
+        *("--tensor-model-parallel-size", tp, "--pipeline-model-parallel-size", pp),
+        *("--prompts", tmp_path / "prompts", "--bound", 1e-5),
+    )
+    assert status == 0, out
+    *rows, total, verdict = out.splitlines()[1:]
+    assert len(rows) == len(sequences()) and verdict.startswith("the log-probs agree: ")
+    tokens, worst, mean = total.split()[1:]
+    assert int(tokens) == sum(len(p) + len(r) - 1 for p, r in sequences())
+    assert 0 < float(mean) < float(worst) < 1e-5
+
+
+def test_verify_finds_another_models_weights(folder, alone, capsys, tmp_path):
+    write_model(tmp_path / "other", tied=False, seed=2)
+    status, out, _ = verify(capsys, tmp_path / "other", folder / "qwen2False-imported")
+    assert status == 1 and "DIFFER" in out and float(out.splitlines()[-2].split()[2]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("[1]", "line 1: 1 tokens; the model takes 2 to 64"),
+        ("[1, 45]", "line 1: 45 is no token id below 45"),
+        ("[1, true]", "line 1: True is no token id below 45"),
+        ("\n\n" + json.dumps([3] * 65), "line 3: 65 tokens"),
+        ("", "there are no prompts"),
+    ],
+)
+def test_wrong_prompts_are_refused_by_line(folder, alone, capsys, tmp_path, line, says):
+    (tmp_path / "prompts").write_text(line)
+    with pytest.raises(SystemExit) as caught:
+        verify(capsys, folder / "qwen2True", folder / "qwen2True-imported", "--prompts", tmp_path / "prompts")
+    (error,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and says in error
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["--tensor-model-parallel-size", 4],
+            "--tensor-model-parallel-size 4 does not divide the model's 2",
+        ),
+        (
+            ["--pipeline-model-parallel-size", 3],
+            "--pipeline-model-parallel-size 3 does not divide the",
+        ),
+        (["--tensor-model-parallel-size", 0], "parallel sizes are at least 1"),
+    ],
+)
+def test_a_split_that_the_model_does_not_have_is_refused(folder, alone, capsys, words, says):
+    with pytest.raises(SystemExit) as caught:
+        verify(capsys, folder / "qwen2True", folder / "qwen2True-imported", *words)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2 and error.startswith(f"error: {says}")
+
+
+# --- killed while saving --------------------------------------------------------------------------------
+
+
+def save_for_ever(folder: Path) -> None:
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore
+    from megatron_dgpo.run import build_policy
+
+    torch.set_num_threads(1)
+    c = config(folder / "qwen3False-imported")
+    with split(c) as groups:
+        policy = build_policy(c, groups, total_updates=1, keep_reference=False)
+        store = CheckpointStore(folder / "killed" / "checkpoints", groups, keep_last=2)
+        step = store.latest().step if store.latest() else 0
+        while True:
+            step += 1
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.fill_(step)
+            store.save(policy, {"step": step, "world_size": 1})
+
+
+def test_killed_while_a_run_saves_the_newest_checkpoint_always_loads(folder):
+    checkpoints = folder / "killed" / "checkpoints"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    draw = random.Random(3)
+    newest = 0
+    for _ in range(2):
+        process = rank_context().Process(target=save_for_ever, args=(folder,))
+        process.start()
+        deadline = time.monotonic() + 120
+        while not (checkpoints / f"step_{newest + 1:08d}").exists():
+            assert process.is_alive() and time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0, 0.5))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        complete = sorted(p for p in checkpoints.iterdir() if p.suffix != ".partial")
+        assert 1 <= len(complete) <= 3  # a third one while the oldest goes
+        for path in complete:
+            step = int(path.name.removeprefix("step_"))
+            target = folder / "killed" / "hf"
+            export_hf(open_checkpoint(path, folder / "qwen3False"), target, overwrite=True)
+            assert all((t == step).all() for t in hf_tensors(target).values())
+        assert step > newest
+        newest = step
