@@ -171,6 +171,7 @@ class Trainer:
         rollout = self.rollouts.step(state.draws, self.console.phase)
         if self.config.reward.shuffle:
             shuffle_rewards(rollout.groups, seed=self.sampling(state.draws).seed)
+        self.engine.rest()
         self.algorithm.assign_advantages(rollout.groups)
         state.draws += rollout.tally.rounds
         return rollout

@@ -90,6 +90,9 @@ class EmbeddedEngine:
         """The version of the weights in use; -1 before the first complete update."""
         return self._version
 
+    def rest(self) -> None:
+        """Nothing to give up: the model is small, or it would not live here."""
+
     def close(self) -> None:
         """Drop the model; every later call raises RuntimeError."""
         self._model = None

@@ -124,6 +124,10 @@ class Engine(Protocol):
         answers once."""
         ...
 
+    def rest(self) -> None:
+        """Nothing is drawn until weights come again: give up what others may use meanwhile."""
+        ...
+
     def close(self) -> None:
         """Release what the engine holds; it cannot be used afterwards."""
         ...

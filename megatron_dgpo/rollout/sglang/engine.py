@@ -109,6 +109,16 @@ class SGLangEngine:
             prompts, params, on_progress=on_progress, on_group=on_group, should_stop=should_stop
         )
 
+    def rest(self) -> None:
+        """Nothing is drawn until the next update: colocated servers give their memory up meanwhile.
+
+        Collective. Raises WeightUpdateFailed on all ranks where a server refuses.
+        """
+        if self._config.colocate:
+            if self._groups.rank == 0:
+                self._session.rest()
+            self._agree()
+
     def probe(self, token_ids: Sequence[Sequence[int]]) -> dict[str, list[list[float]]]:
         """On rank 0, the log-probs of given sequences by every live server, by URL; none elsewhere."""
         out = {}
@@ -160,6 +170,7 @@ class SGLangEngine:
         speaks = self._groups.rank == 0
         if speaks:
             self._session.pause()
+            self._session.wake()
         for stage in range(self._groups.pp.size()):
             # One after the other: a server that joins one group is deaf for the next.
             if self._is_source(stage) and self.transport is None:

@@ -14,6 +14,7 @@ from megatron_dgpo.rollout.sglang.client import ServerError, ServerGone, ServerT
 log = logging.getLogger(__name__)
 
 _NOT_FOUND = 404
+_MEMORY = ["kv_cache", "weights"]
 
 
 class UpdateSession:
@@ -33,7 +34,20 @@ class UpdateSession:
         self._in_flight = in_flight
         self._timeout = timeout_seconds
         self._without_sessions: set[str] = set()
+        self._resting: set[str] = set()
         self.refusals: dict[str, str] = {}
+
+    def rest(self) -> None:
+        """Have idle servers give up the memory of weights and cache. What was there is lost."""
+        self.refusals = {}
+        self._resting = set(self._client.live)
+        self._each("/release_memory_occupation", {"tags": _MEMORY}, sorted(self._resting))
+
+    def wake(self) -> None:
+        """Have those servers take their memory back; weights have to follow."""
+        resting, self._resting = self._resting, set()
+        again = [url for url in self._client.live if url in resting]
+        self._each("/resume_memory_occupation", {"tags": _MEMORY}, again)
 
     def pause(self) -> None:
         """Stop drawing. Requests that arrive from now on wait."""
