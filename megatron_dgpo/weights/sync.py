@@ -140,10 +140,11 @@ class WeightSync:
 
 
 def probe_ids(vocab_size: int, max_positions: int) -> list[list[int]]:
-    """The fixed sequences of the probe: ids from all over the vocabulary."""
+    """The fixed sequences of the probe: ids from all over the vocabulary, but for its last, which SGLang
+    does not score."""
     draw = random.Random("probe")
     length = min(_PROBE_TOKENS, max_positions)
-    return [[draw.randrange(vocab_size) for _ in range(length)] for _ in range(_PROBE_SEQUENCES)]
+    return [[draw.randrange(vocab_size - 1) for _ in range(length)] for _ in range(_PROBE_SEQUENCES)]
 
 
 def _gap(ours: list[list[float]], theirs: list[list[float]]) -> Gap:

@@ -143,10 +143,13 @@ class SGLangClient:
     def log_probs(self, url: str, token_ids: Sequence[Sequence[int]]) -> list[list[float]]:
         """Score sequences by one server, at temperature 1: entry t is of token t + 1 after tokens 0..t.
 
-        Raises BadAnswer, ServerError, ServerGone.
+        Raises BadAnswer, ServerError, ServerGone; ValueError for ids outside the vocabulary, and for its
+        last one, in whose place SGLang scores token 0 (it takes it for a placeholder of an image).
         """
         for k, ids in enumerate(token_ids):
             self._check_tokens(ids, f"sequence {k}")
+            if self._vocab_size - 1 in ids:
+                raise ValueError(f"sequence {k}: SGLang does not score the last id of the vocabulary")
         payload = dict(
             input_ids=[list(ids) for ids in token_ids],
             sampling_params={"max_new_tokens": 1, "temperature": 1.0, "ignore_eos": True},

@@ -1,0 +1,320 @@
+"""Samples from real SGLang servers against transformers' own forward pass, and servers that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import torch
+from aiohttp import web
+from conftest import CONFIG_EOS
+from tiny import VOCAB, hf_model
+
+from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.sglang.client import BadAnswer, SGLangClient
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+from megatron_dgpo.types import Group, Prompt, Sample
+
+BOUND = 1e-4
+LIMIT = 64
+"""Positions of the tiny models."""
+PROMPTS = [Prompt(f"p{i}", tuple((3 * i + k) % VOCAB for k in range(i + 1)), "", "") for i in range(6)]
+
+
+@contextmanager
+def client_of(*urls: str, **more: Any) -> Iterator[SGLangClient]:
+    settings = dict(
+        max_concurrency=64,
+        request_timeout=60,
+        retries=2,
+        decode=lambda ids: " ".join(map(str, ids)),
+        vocab_size=VOCAB,
+        max_positions=LIMIT,
+    )
+    client = SGLangClient(urls, **{**settings, **more})
+    client.version = 0
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+@pytest.fixture(scope="module")
+def urls(servers: dict[str, ServerProcess]) -> dict[str, str]:
+    """Of servers whose weights have a number, as after a sync."""
+    found = {name: server.url for name, server in servers.items()}
+    with client_of(*found.values()) as client:
+        for url in found.values():
+            client.submit(url, "/update_weight_version", {"new_version": "0"}, timeout=30).result()
+    return found
+
+
+def complete(groups: Sequence[Group | None]) -> list[Group]:
+    assert all(g is not None for g in groups)
+    return [g for g in groups if g is not None]
+
+
+def reference_logits(folder: Path, sample: Sample) -> torch.Tensor:
+    """(response tokens, V) transformers' logits at the sample's tokens."""
+    ids = [*sample.prompt.token_ids, *sample.token_ids]
+    with torch.no_grad():
+        logits = hf_model(folder)(torch.tensor([ids])).logits[0]
+    return logits[len(sample.prompt.token_ids) - 1 : -1]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"temperature": 0.0},
+    ],
+    ids=str,
+)
+def test_log_probs_are_those_of_transformers_before_any_filter(
+    how: dict[str, Any], urls: dict[str, str], folders: dict[str, Path]
+) -> None:
+    params = SamplingParams(max_new_tokens=12, n=2, **how)
+    with client_of(urls["qwen2"]) as client:
+        groups = complete(client.generate(PROMPTS, params))
+    assert [g.prompt for g in groups] == PROMPTS
+    for group in groups:
+        assert [s.index for s in group.samples] == [0, 1]
+        for sample in group.samples:
+            assert sample.finish_reason == "length" and len(sample.token_ids) == 12
+            assert [(v.version, v.start, v.end) for v in sample.weight_versions] == [(0, 0, 12)]
+            assert sample.text == " ".join(map(str, sample.token_ids))
+            logits = reference_logits(folders["qwen2"], sample)
+            chosen = torch.tensor(sample.token_ids).unsqueeze(1)
+            log_probs = (logits / (params.temperature or 1.0)).log_softmax(-1).gather(1, chosen).squeeze(1)
+            assert (log_probs - torch.tensor(sample.log_probs)).abs().max() <= BOUND
+            if params.greedy:
+                assert sample.token_ids == logits.argmax(-1).tolist()
+            if params.top_k:
+                assert bool((logits.topk(5).indices == chosen).any(-1).all())
+
+
+def test_scores_are_those_of_transformers(urls: dict[str, str], folders: dict[str, Path]) -> None:
+    g = torch.Generator().manual_seed(3)
+    ids = [torch.randint(0, VOCAB - 1, (n,), generator=g).tolist() for n in (2, 9, 40)]
+    with client_of(urls["llama"]) as client:
+        scores = client.log_probs(urls["llama"], ids)
+        with pytest.raises(ValueError, match="sequence 1: SGLang does not score the last id"):
+            client.log_probs(urls["llama"], [[1, 2], [1, VOCAB - 1]])
+    model = hf_model(folders["llama"])
+    for row, tokens in zip(scores, ids, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0, :-1].log_softmax(-1)
+        want = logits.gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
+        assert (want - torch.tensor(row)).abs().max() <= BOUND
+
+
+def test_only_the_given_tokens_end_a_response(urls: dict[str, str], folders: dict[str, Path]) -> None:
+    """The server stops at its config's end of sequence; the client goes on."""
+    stops = (3, 11)
+    params = SamplingParams(max_new_tokens=40, n=24, stop_token_ids=stops)
+    with client_of(urls["ends"]) as client:
+        samples = [s for g in complete(client.generate(PROMPTS, params)) for s in g.samples]
+    for s in samples:
+        if s.finish_reason == "stop":
+            assert s.token_ids[-1] in stops and not set(s.token_ids[:-1]) & set(stops)
+        else:
+            assert len(s.token_ids) == 40 and not set(s.token_ids) & set(stops)
+        assert len(s.log_probs) == len(s.token_ids) == s.weight_versions[-1].end
+    assert {s.finish_reason for s in samples} == {"stop", "length"}
+    beyond = [s for s in samples if CONFIG_EOS in s.token_ids[:-1]]
+    assert len(beyond) > 5
+    for s in beyond[:5]:
+        chosen = torch.tensor(s.token_ids).unsqueeze(1)
+        want = reference_logits(folders["qwen2"], s).log_softmax(-1).gather(1, chosen).squeeze(1)
+        assert (want - torch.tensor(s.log_probs)).abs().max() <= BOUND
+
+
+def test_many_samples_through_few_slots(urls: dict[str, str]) -> None:
+    done: list[int] = []
+    with client_of(urls["qwen2"], urls["ends"], max_concurrency=4) as client:
+        groups = complete(
+            client.generate(PROMPTS, SamplingParams(max_new_tokens=8, n=32), on_progress=done.append)
+        )
+    assert sum(done) == 6 * 32
+    for group in groups:
+        assert len({tuple(s.token_ids) for s in group.samples}) > 16
+
+
+def test_a_call_can_be_ended_early(urls: dict[str, str]) -> None:
+    come: list[Group] = []
+    with client_of(urls["qwen2"], max_concurrency=2) as client:
+        groups = client.generate(
+            PROMPTS * 4,
+            SamplingParams(max_new_tokens=58, n=2),
+            on_group=come.append,
+            should_stop=lambda: len(come) >= 3,
+        )
+        whole = [g for g in groups if g is not None]
+        assert 3 <= len(whole) < len(groups)
+        assert {id(g) for g in whole} == {id(g) for g in come}
+        # Nothing is left behind that the next call would wait for.
+        started = time.monotonic()
+        complete(client.generate(PROMPTS[:1], SamplingParams(max_new_tokens=1)))
+        assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        (Prompt("far", (1, VOCAB), "", ""), f"prompt 'far' has token id {VOCAB}"),
+        (Prompt("none", (), "", ""), "prompt 'none' has no tokens"),
+        (Prompt("long", (1,) * 60, "", ""), "prompt 'long': 60 tokens and max_new_tokens 8 exceed"),
+    ],
+)
+def test_prompts_that_no_server_may_see_are_refused(prompt: Prompt, says: str, urls: dict[str, str]) -> None:
+    with client_of(urls["qwen2"]) as client:
+        with pytest.raises(ValueError, match=says):
+            client.generate([*PROMPTS, prompt], SamplingParams(max_new_tokens=8))
+        complete(client.generate(PROMPTS, SamplingParams(max_new_tokens=2)))  # the server is well
+
+
+# --- servers that misbehave ---------------------------------------------------------------------------
+
+
+@contextmanager
+def between(url: str, fault: Callable[[int, dict[str, Any]], Any]) -> Iterator[str]:
+    """A server that passes everything on to the one at `url`, but for samples: `fault` gets each
+    request's number and the real answer, and says what to answer: a value, a web.Response, or None to
+    drop the connection."""
+    count = iter(range(1_000_000))
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(request.method, url + request.path, data=body, headers=_JSON) as real,
+        ):
+            text = await real.text()
+        if request.path != "/generate":
+            return web.Response(text=text, status=real.status, content_type="application/json")
+        answer = fault(next(count), json.loads(text))
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer is None:
+            assert request.transport is not None
+            request.transport.close()
+            return web.Response()
+        return answer if isinstance(answer, web.Response) else web.json_response(answer)
+
+    async def serve() -> None:
+        app = web.Application(client_max_size=1 << 24)
+        app.router.add_route("*", "/{path:.*}", handle)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        ports.append(site._server.sockets[0].getsockname()[1])
+        ready.set()
+
+    ports: list[int] = []
+    ready = threading.Event()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    asyncio.run_coroutine_threadsafe(serve(), loop)
+    assert ready.wait(10)
+    try:
+        yield f"http://127.0.0.1:{ports[0]}"
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+
+
+_JSON = {"Content-Type": "application/json"}
+FEW = SamplingParams(max_new_tokens=6, n=2)
+
+
+def changed(**how: Any) -> Callable[[int, dict[str, Any]], Any]:
+    """The first answer's meta_info with other values; a callable one gets the real value."""
+
+    def fault(number: int, answer: dict[str, Any]) -> dict[str, Any]:
+        if number == 0:
+            meta = answer["meta_info"]
+            meta |= {k: v(meta[k]) if callable(v) else v for k, v in how.items()}
+        return answer
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda number, answer: web.Response(status=500, text="oh") if number < 2 else answer,
+        lambda number, answer: None if number < 2 else answer,
+    ],
+    ids=["status 500", "connection dropped"],
+)
+def test_a_failure_that_passes_is_tried_again(fault: Any, urls: dict[str, str]) -> None:
+    with between(urls["qwen2"], fault) as url, client_of(url, max_concurrency=2) as client:
+        groups = complete(client.generate(PROMPTS, FEW))
+        assert [len(g.samples) for g in groups] == [2] * 6 and client.live == [url]
+
+
+async def _late(answer: Any) -> Any:
+    await asyncio.sleep(5)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda number, answer: web.Response(status=500, text="oh no"), "answered 500: oh no"),
+        (lambda number, answer: None, "does not answer"),
+        (lambda number, answer: _late(answer), "no answer to /generate in 2 s"),
+    ],
+    ids=["status 500", "connection dropped", "slow"],
+)
+def test_a_server_that_keeps_failing_is_left_out(fault: Any, says: str, urls: dict[str, str]) -> None:
+    with between(urls["qwen2"], fault) as url, client_of(url, urls["ends"], request_timeout=2) as client:
+        groups = complete(client.generate(PROMPTS, FEW))
+        assert [len(g.samples) for g in groups] == [2] * 6
+        assert client.live == [urls["ends"]] and says in client.dead[url]
+    with between(urls["qwen2"], fault) as url, client_of(url, request_timeout=2) as client:
+        with pytest.raises(EnginesLost, match="no SGLang server is left") as lost:
+            client.generate(PROMPTS, FEW)
+        assert len(lost.value.groups) == 6 and url in str(lost.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (changed(output_token_logprobs=None), "log-probs of 0 tokens for 6"),
+        (changed(output_token_logprobs=lambda x: x[:-1]), "log-probs of 5 tokens for 6"),
+        (changed(output_token_logprobs=lambda x: [[None, *x[0][1:]], *x[1:]]), "log-prob of token 0 is None"),
+        (changed(output_token_logprobs=lambda x: [*x[:5], [float("nan"), *x[5][1:]]]), "token 5 is nan"),
+        (changed(output_token_logprobs=lambda x: [[-1.0, 2000, None], *x[1:]]), "or of others"),
+        (changed(weight_versions=None, weight_version="default"), "weights of version 'default'"),
+        (changed(weight_versions=[{"version": "4", "start": 0, "end": 6}]), "weights of version '4', not 0"),
+        (changed(finish_reason={"type": "tired"}), "unknown finish reason 'tired'"),
+        (lambda number, answer: web.Response(text="<html>"), "not a sample"),
+    ],
+)
+def test_an_answer_that_cannot_be_trusted_is_an_error(fault: Any, says: str, urls: dict[str, str]) -> None:
+    with between(urls["qwen2"], fault) as url, client_of(url) as client:
+        with pytest.raises(BadAnswer, match=says) as error:
+            client.generate(PROMPTS, FEW)
+        assert url in str(error.value)
+
+
+def test_an_aborted_sample_is_drawn_again(urls: dict[str, str]) -> None:
+    fault = changed(finish_reason={"type": "abort", "message": "paused"})
+    with between(urls["qwen2"], fault) as url, client_of(url) as client:
+        groups = complete(client.generate(PROMPTS, FEW))
+    assert all(len(s.token_ids) == 6 and s.finish_reason == "length" for g in groups for s in g.samples)
