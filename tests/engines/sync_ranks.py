@@ -100,10 +100,16 @@ def reference_log_probs(folder: Path, weights: dict[str, Tensor], ids: Sequence[
 
 
 def syncs_at_splits(
-    rank: int, world: int, folder: Path, urls: tuple[str, ...], splits: Sequence[dict[str, Any]]
+    rank: int, world: int, cases: Sequence[tuple[Path, tuple[str, ...]]], splits: Sequence[dict[str, Any]]
+) -> list[list[tuple[int, float, float]]]:
+    """For each folder and its servers, on rank 0: (syncs, engine against transformers, engine against
+    trainer), the largest differences over the probe's tokens after 0, 1 and 5 syncs at each split."""
+    return [_syncs(folder, urls, splits) for folder, urls in cases]
+
+
+def _syncs(
+    folder: Path, urls: tuple[str, ...], splits: Sequence[dict[str, Any]]
 ) -> list[tuple[int, float, float]]:
-    """(syncs, engine against transformers, engine against trainer): the largest differences over the
-    probe's tokens after 0, 1 and 5 syncs at each split; on rank 0."""
     out = []
     version = 0
     for sizes in splits:
