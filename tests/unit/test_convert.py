@@ -1,5 +1,5 @@
 """Checkpoints from Hugging Face's format to Megatron's and back in one process; see
-tests/distributed/test_convert.py for splits."""
+tests/distributed/test_convert_splits.py for splits."""
 
 from __future__ import annotations
 
