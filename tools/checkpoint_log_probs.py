@@ -54,7 +54,9 @@ def megatron_log_probs(
 def transformers_log_probs(folder: Path, dtype: torch.dtype, sequences: list[Ids]) -> list[list[float]]:
     """The same by transformers, one sequence at a time."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     device = platform.device()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
     rows = []

@@ -113,11 +113,9 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
 
 
 def describe(model: HFFolder | MegatronFolder) -> str:
-    numbers = model.num_bytes / model.dtype.itemsize
+    numbers = model.num_bytes // model.dtype.itemsize
     dtype = str(model.dtype).removeprefix("torch.")
-    return (
-        f"{model.shape.family}, {numbers / 1e6:.1f} million weights, {dtype}, {model.num_bytes / 1e9:.3f} GB"
-    )
+    return f"{model.shape.family}, {numbers:,} weights in {dtype} ({model.num_bytes / 1e6:,.1f} MB)"
 
 
 def import_(options: argparse.Namespace) -> int:

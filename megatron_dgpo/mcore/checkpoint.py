@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -196,13 +197,19 @@ def restore(policy: Policy, checkpoint: Checkpoint) -> None:
         if not same_ranks:
             del wanted["rng"]
             log.warning("another number of ranks than when saving: random generators start afresh")
-        loaded = dist_checkpointing.load(wanted, str(checkpoint.path))
+        loaded = _load(wanted, checkpoint.path)
         policy.ddp.module.load_state_dict(loaded["model"])
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
     _separate_steps(policy)
     if same_ranks:
         _restore_rng(loaded["rng"])
+
+
+def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # Megatron uses names that torch has deprecated
+        return dist_checkpointing.load(wanted, str(folder))
 
 
 def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> None:
@@ -215,7 +222,7 @@ def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> N
         state = model.sharded_state_dict(metadata=dict(METADATA))
         # The others are the extra state of linear layers: empty without FP8, and not imported.
         tensors = {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
-        loaded = dist_checkpointing.load(tensors, str(folder))
+        loaded = _load(tensors, folder)
         loaded = {name: tensor for name, tensor in loaded.items() if name in tensors}
         missing, unexpected = model.load_state_dict(loaded, strict=False)
     missing = [name for name in missing if not name.endswith("._extra_state")]

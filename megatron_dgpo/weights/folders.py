@@ -146,7 +146,7 @@ def complete_or_absent(target: Path, *, overwrite: bool) -> Iterator[Path]:
     partial.mkdir(parents=True)
     try:
         yield partial
-    except Exception:
+    except BaseException:  # an end by a signal among them
         shutil.rmtree(partial, ignore_errors=True)
         raise
     flush_to_disk(partial, contents=True)
