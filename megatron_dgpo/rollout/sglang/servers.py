@@ -51,6 +51,7 @@ _CPU_ARGS: dict[str, Any] = dict(
     disable_radix_cache=True,
     max_total_tokens=32768,  # SGLang's own choice is all of the machine's memory
     max_running_requests=64,
+    sleep_on_idle=True,  # a server that waits would otherwise keep a core busy, which the trainer needs
 )
 _CPU_ENVIRONMENT = {WITHOUT_GPU: "1", "SGLANG_USE_CPU_ENGINE": "1"}
 
@@ -73,7 +74,7 @@ class ServerProcess:
         colocate: on the trainer's GPUs, with memory that can be given up.
 
     Raises:
-        ServerFailed: where the interpreter is missing.
+        ServerFailed: where the interpreter is missing, or the port that is asked for is taken.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class ServerProcess:
 
     def _start(self) -> None:
         self._tries += 1
-        self._port = int(self._launch.args.get("port", 0)) or _free_port()
+        self._port = _port(int(self._launch.args.get("port", 0)))
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self._launch.python.absolute()), str(Path(__file__).with_name("launcher.py"))]
         command += command_line(self._arguments())
@@ -254,9 +255,16 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _free_port() -> int:
+def _port(wanted: int) -> int:
+    """That port, or with 0 one that is free. SGLang itself waits for minutes for one that is taken."""
     with socket.socket() as s:
-        s.bind((_HOST, 0))
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind((_HOST, wanted))
+        except OSError as error:
+            raise ServerFailed(
+                f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
+            ) from error
         return int(s.getsockname()[1])
 
 
