@@ -63,8 +63,8 @@ def export_stream(
     """
     plan = _Plan(model, groups, value)
     for items in _runs(plan.items, bucket_bytes, groups.tp.size()):
-        gather = _Gather(items, plan.mine, groups) if items[0].stage == groups.pp.rank() else None
-        gathered = gather.wait() if gather else _empty(items, groups)
+        mine = items[0].stage == groups.pp.rank()
+        gathered = _gather(items, plan.mine, groups) if mine else _empty(items, groups)
         if groups.pp.size() > 1:
             dist.broadcast(gathered, dist.get_global_rank(groups.pp, items[0].stage), group=groups.pp)
         yield from _tensors(items, gathered, plan)
@@ -79,9 +79,10 @@ def stage_buckets(
 ) -> Iterator[WeightBucket]:
     """The tensors that this pipeline stage owns, in buckets, on every TP rank of the stage.
 
-    The call is collective over the pipeline, what it returns over the stage. The next bucket is gathered
-    while the consumer sends the present one. At most two exist: the gathered shards and what is being
-    sent, or, without shards to gather, two that are sent in turn.
+    They come out on the stage's first TP rank; on the others the iterator gives nothing, and sends their
+    shards there. The call is collective over the pipeline, running the iterator over the stage. The next
+    bucket is gathered while the consumer sends the present one. At most two exist: the gathered shards
+    and what is being sent, or, without shards to gather, two that are sent in turn.
     """
     plan = _Plan(model, groups, value)
     mine = [i for i in plan.items if i.stage == groups.pp.rank()]
@@ -102,14 +103,18 @@ def _gathered_buckets(
     plan: _Plan, runs: list[list[_Item]], groups: platform.Groups
 ) -> Iterator[WeightBucket]:
     buffers = _Buffers(1)
-    gather = _Gather(runs[0], plan.mine, groups) if runs else None
+    coming = _ToFirst(runs[0], plan.mine, groups) if runs else None
     for k, items in enumerate(runs):
-        assert gather is not None, "there is one for every run"
-        bucket = buffers.next(items, groups)
-        _fill(bucket, _tensors(items, gather.wait(), plan))
-        gather = None  # its buffer goes before the next one comes
-        gather = _Gather(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
-        yield bucket
+        assert coming is not None, "there is one for every run"
+        gathered = coming.wait()
+        bucket = None
+        if gathered is not None:
+            bucket = buffers.next(items, groups)
+            _fill(bucket, _tensors(items, gathered, plan))
+        gathered = coming = None  # the buffer goes before the next one comes
+        coming = _ToFirst(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
+        if bucket is not None:
+            yield bucket
     buffers.settle()
 
 
@@ -156,25 +161,45 @@ def _empty(items: list[_Item], groups: platform.Groups) -> Tensor:
     return torch.empty(groups.tp.size(), numel, dtype=items[0].dtype, device=groups.device)
 
 
-class _Gather:
-    """The shards of some items on their way from all TP ranks of a stage to each of them."""
+def _gather(items: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> Tensor:
+    """The shards of some items from all TP ranks of a stage, (TP ranks, numel), on each of them."""
+    gathered = _empty(items, groups)
+    own = gathered[groups.tp.rank()]
+    _lay(items, mine, own)
+    if groups.tp.size() > 1:
+        dist.all_gather_into_tensor(gathered.view(-1), own, group=groups.tp)
+    return gathered
+
+
+def _lay(items: list[_Item], mine: dict[str, Tensor], flat: Tensor) -> None:
+    for part, item in zip(flat.split([i.numel for i in items]), items, strict=True):
+        part.copy_(mine[item.name].reshape(-1))
+
+
+class _ToFirst:
+    """The shards of some items on their way from all TP ranks of a stage to the first."""
 
     def __init__(self, items: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> None:
-        self.gathered = _empty(items, groups)
-        own = self.gathered[groups.tp.rank()]
-        for part, item in zip(own.split([i.numel for i in items]), items, strict=True):
-            part.copy_(mine[item.name].reshape(-1))
-        self._work: dist.Work | None = None
-        if groups.tp.size() > 1:
-            self._work = dist.all_gather_into_tensor(
-                self.gathered.view(-1), own, group=groups.tp, async_op=True
-            )
+        tp = groups.tp
+        self._gathered: Tensor | None = None
+        if tp.rank() == 0:
+            self._gathered = _empty(items, groups)
+            own, *others = self._gathered.unbind(0)
+            calls = [
+                dist.P2POp(dist.irecv, row, group=tp, group_peer=r) for r, row in enumerate(others, start=1)
+            ]
+        else:
+            own = torch.empty(sum(i.numel for i in items), dtype=items[0].dtype, device=groups.device)
+            calls = [dist.P2POp(dist.isend, own, group=tp, group_peer=0)]
+        _lay(items, mine, own)
+        self._own = own  # kept until it is sent
+        self._works = dist.batch_isend_irecv(calls)
 
-    def wait(self) -> Tensor:
-        """(TP ranks, numel)."""
-        if self._work is not None:
-            self._work.wait()
-        return self.gathered
+    def wait(self) -> Tensor | None:
+        """(TP ranks, numel), on the first; None on the others."""
+        for work in self._works:
+            work.wait()
+        return self._gathered
 
 
 def _tensors(items: list[_Item], gathered: Tensor, plan: _Plan) -> Iterator[tuple[str, Tensor]]:

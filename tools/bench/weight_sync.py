@@ -6,9 +6,10 @@
 
 A sync is everything that happens between two rollouts, but for the probe: pausing the server, gathering
 and renaming the weights, sending them in buckets, loading them, resuming. The bare broadcast sends as
-many bytes in as many pieces through the same process group, between the same two processes, in one
-request; they have a name that SGLang's models pass over, so the server loads nothing. The two take turns;
-a ratio is between two of one round.
+many bytes in as many pieces through the same process group, between the same two processes; they have a
+name that SGLang's models pass over, so the server loads nothing. It goes in one request for all pieces and
+in a request for each: which is faster depends on how the server's memory comes. All take turns; a ratio is
+of the sync's rate to the faster bare one's of its round.
 
 Printed: medians over the rounds, GB/s, the sync's rate over the bare one's as the median of the ratios
 with the least and the most, and by how much this process's memory grew during a sync, in buckets (the
@@ -90,23 +91,30 @@ class Bare:
         self._engine, self._group = engine, group
         self._pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
 
-    def __call__(self) -> None:
+    def at_once(self) -> None:
+        self._send([self._pieces])
+
+    def one_by_one(self) -> None:
+        self._send([[piece] for piece in self._pieces])
+
+    def _send(self, requests: list[list[torch.Tensor]]) -> None:
         url = self._group.servers[0]
-        payload = dict(
-            names=[PASSED_OVER] * len(self._pieces),
-            dtypes=["uint8"] * len(self._pieces),
-            shapes=[list(p.shape) for p in self._pieces],
-            group_name=self._group.name,
-            flush_cache=False,
-        )
         for path in ("/pause_generation", "/begin_weight_update"):
             self._control(url, path)
-        answer = self._engine.client.submit(
-            url, "/update_weights_from_distributed", payload, timeout=self._group.timeout_seconds
-        )
-        for piece in self._pieces:
-            dist.broadcast(piece, group=self._group.group, group_src=0)
-        answer.result()
+        for pieces in requests:
+            payload = dict(
+                names=[PASSED_OVER] * len(pieces),
+                dtypes=["uint8"] * len(pieces),
+                shapes=[list(p.shape) for p in pieces],
+                group_name=self._group.name,
+                flush_cache=False,
+            )
+            answer = self._engine.client.submit(
+                url, "/update_weights_from_distributed", payload, timeout=self._group.timeout_seconds
+            )
+            for piece in pieces:
+                dist.broadcast(piece, group=self._group.group, group_src=0)
+            answer.result()
         for path in ("/end_weight_update", "/continue_generation"):
             self._control(url, path)
 
@@ -147,29 +155,37 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
     try:
         sync()  # the server joins the process group
         group = engine.transport
-        bare = Bare(engine, group, sizes, groups.device) if isinstance(group, Broadcast) else lambda: None
-        bare()
+        calls: list[tuple[str, Callable[[], object]]] = [("sync", sync)]
+        if isinstance(group, Broadcast):
+            bare = Bare(engine, group, sizes, groups.device)
+            calls += [("bare, one request", bare.at_once), ("bare, one by one", bare.one_by_one)]
+        else:  # a rank that sends nothing
+            calls += [("bare, one request", lambda: None), ("bare, one by one", lambda: None)]
+        for _, call in calls:
+            timed(call, groups)
         rounds = []
         for k in range(args.rounds):
-            both = [("sync", sync), ("bare", bare)]
-            rounds.append({name: timed(call, groups) for name, call in both[:: 1 if k % 2 else -1]})
-        del bare
+            turns = calls[k % 3 :] + calls[: k % 3]
+            rounds.append({name: timed(call, groups) for name, call in turns})
         grown = resident_peak(sync)
     finally:
         engine.close()
-    return report(args, rounds, sizes, grown)
+    return report(args, rounds, sizes, grown) if groups.rank == 0 else None
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, float]], sizes: list[int], grown: int) -> Any:
-    size = sum(sizes)
-    ratios = sorted(r["bare"] / r["sync"] for r in rounds)
+    size, names = sum(sizes), list(rounds[0])
+    ratios = sorted(min(r[n] for n in names if n != "sync") / r["sync"] for r in rounds)
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in sorted(names)}
     return {
         "bytes": size,
-        "seconds": {name: statistics.median(r[name] for r in rounds) for name in ("sync", "bare")},
-        "gb_per_second": {
-            name: size / statistics.median(r[name] for r in rounds) / 1e9 for name in ("sync", "bare")
+        "seconds": seconds,
+        "gb_per_second": {name: size / value / 1e9 for name, value in seconds.items()},
+        "sync_over_faster_bare": {
+            "median": statistics.median(ratios),
+            "least": ratios[0],
+            "most": ratios[-1],
         },
-        "sync_over_bare": {"median": statistics.median(ratios), "least": ratios[0], "most": ratios[-1]},
         "memory_growth_bytes": grown,
         "largest_bucket_bytes": max(sizes),
         "memory_growth_in_largest_buckets": grown / max(sizes),
