@@ -19,7 +19,7 @@ from megatron_dgpo import platform
 from megatron_dgpo.mcore.model import ModelShape, PolicyModel
 from megatron_dgpo.types import WeightBucket
 from megatron_dgpo.weights.names import Entry, NameTable, global_name
-from megatron_dgpo.weights.shards import from_full, join
+from megatron_dgpo.weights.shards import from_full, hf_shapes, join, lay
 
 DEFAULT_BUCKET_BYTES = 256 << 20
 Value = Callable[[Tensor], Tensor]
@@ -67,7 +67,9 @@ def export_stream(
         gathered = _gather(items, plan.mine, groups) if mine else _empty(items, groups)
         if groups.pp.size() > 1:
             dist.broadcast(gathered, dist.get_global_rank(groups.pp, items[0].stage), group=groups.pp)
-        yield from _tensors(items, gathered, plan)
+        for item, shards in zip(items, _shards(items, gathered), strict=True):
+            entry = plan.table.from_megatron(item.name)
+            yield from zip(entry.hf, from_full(entry, join(entry, shards), plan.shape), strict=True)
 
 
 def stage_buckets(
@@ -94,7 +96,7 @@ def _local_buckets(plan: _Plan, runs: list[list[_Item]], groups: platform.Groups
     buffers = _Buffers(2)
     for items in runs:
         bucket = buffers.next(items, groups)
-        _fill(bucket, (pair for i in items for pair in plan.hf_tensors(i, [plan.mine[i.name]])))
+        _fill(bucket, items, [[plan.mine[i.name]] for i in items], plan)
         yield bucket
     buffers.settle()
 
@@ -110,7 +112,7 @@ def _gathered_buckets(
         bucket = None
         if gathered is not None:
             bucket = buffers.next(items, groups)
-            _fill(bucket, _tensors(items, gathered, plan))
+            _fill(bucket, items, _shards(items, gathered), plan)
         gathered = coming = None  # the buffer goes before the next one comes
         coming = _ToFirst(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
         if bucket is not None:
@@ -133,10 +135,6 @@ class _Plan:
         if left_over := [e.megatron for e in self.table.entries if e.megatron not in owned]:
             raise KeyError(f"no pipeline stage holds {left_over[0]!r}")
         self.items = [owned[e.megatron] for e in self.table.entries]
-
-    def hf_tensors(self, item: _Item, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        entry = self.table.from_megatron(item.name)
-        return zip(entry.hf, from_full(entry, join(entry, shards), self.shape), strict=True)
 
 
 def _runs(items: list[_Item], limit: int, tp: int) -> Iterator[list[_Item]]:
@@ -202,11 +200,10 @@ class _ToFirst:
         return self._gathered
 
 
-def _tensors(items: list[_Item], gathered: Tensor, plan: _Plan) -> Iterator[tuple[str, Tensor]]:
-    """Hugging Face names and tensors of gathered shards."""
+def _shards(items: list[_Item], gathered: Tensor) -> list[list[Tensor]]:
+    """For each item its shard of every TP rank, out of (TP ranks, numel)."""
     by_rank = [row.split([i.numel for i in items]) for row in gathered.unbind(0)]
-    for k, item in enumerate(items):
-        yield from plan.hf_tensors(item, [row[k].view(item.shape) for row in by_rank])
+    return [[row[k].view(item.shape) for row in by_rank] for k, item in enumerate(items)]
 
 
 class _Buffers:
@@ -237,13 +234,18 @@ class _Buffers:
                 bucket.in_use()
 
 
-def _fill(bucket: WeightBucket, named: Iterator[tuple[str, Tensor]]) -> None:
-    """Lay tensors end to end into the bucket's buffer, which becomes a view of what they take."""
+def _fill(bucket: WeightBucket, items: list[_Item], shards: list[list[Tensor]], plan: _Plan) -> None:
+    """Lay the tensors that the items' shards make end to end into the bucket's buffer, which becomes a
+    view of what they take."""
     whole = torch.empty(0, dtype=bucket.dtype, device=bucket.flat.device).set_(bucket.flat.untyped_storage())
     end = 0
-    for name, tensor in named:
-        start, end = end, end + tensor.numel()
-        whole[start:end].copy_(tensor.reshape(-1))
-        bucket.names.append(name)
-        bucket.shapes.append(tuple(tensor.shape))
+    for item, parts in zip(items, shards, strict=True):
+        entry = plan.table.from_megatron(item.name)
+        out = []
+        for name, shape in zip(entry.hf, hf_shapes(entry, plan.shape), strict=True):
+            start, end = end, end + torch.Size(shape).numel()
+            out.append(whole[start:end].view(shape))
+            bucket.names.append(name)
+            bucket.shapes.append(shape)
+        lay(entry, parts, plan.shape, out)
     bucket.flat = whole[:end]

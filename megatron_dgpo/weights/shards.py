@@ -6,6 +6,7 @@ parameter; `shard`/`join` split that over TP ranks and put it together again. Al
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -89,3 +90,28 @@ def join(entry: Entry, shards: Sequence[Tensor]) -> Tensor:
         halves = [s.chunk(2) for s in shards]
         return torch.cat([h[0] for h in halves] + [h[1] for h in halves])
     return torch.cat(list(shards), dim=entry.tp_dim)
+
+
+def lay(entry: Entry, shards: Sequence[Tensor], shape: ModelShape, out: Sequence[Tensor]) -> None:
+    """Write the shards of all TP ranks, in rank order, into the Hugging Face tensors they make.
+
+    What `join` and `from_full` give, without anything of a tensor's size in between. `out`: one tensor
+    of the right shape for each of `entry.hf`; only its elements are changed.
+    """
+    if entry.tp_dim is None or len(shards) == 1:
+        for target, tensor in zip(out, from_full(entry, shards[0], shape), strict=True):
+            target.copy_(tensor)
+        return
+    groups = max(1, shape.num_query_groups // len(shards))
+    local = dataclasses.replace(
+        shape,
+        num_query_groups=groups,
+        num_heads=groups * (shape.num_heads // shape.num_query_groups),
+        vocab_size=shards[0].shape[0],
+    )
+    for rank, part in enumerate(shards):
+        for target, tensor in zip(out, from_full(entry, part, local), strict=True):
+            start = min(rank * tensor.shape[entry.tp_dim], target.shape[entry.tp_dim])
+            # The last rows of a padded vocabulary have no place.
+            size = min(tensor.shape[entry.tp_dim], target.shape[entry.tp_dim] - start)
+            target.narrow(entry.tp_dim, start, size).copy_(tensor.narrow(entry.tp_dim, 0, size))

@@ -13,7 +13,7 @@ from megatron_dgpo.mcore import hf_config
 from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.weights.convert import folder_source, name_table
 from megatron_dgpo.weights.names import FAMILIES, NameTable, global_name
-from megatron_dgpo.weights.shards import from_full, join, shard, to_full
+from megatron_dgpo.weights.shards import from_full, join, lay, shard, to_full
 
 LAYERS = 3
 HF = {
@@ -155,7 +155,11 @@ def test_import_and_export_are_inverse_bit_for_bit(family, tied, size, dtype):
         full = to_full(entry, [tensors[n] for n in entry.hf], shape, padded)
         shards = [shard(entry, full, rank, size) for rank in range(size)]
         assert torch.equal(bits(join(entry, shards)), bits(full))
-        back.update(zip(entry.hf, from_full(entry, join(entry, shards), shape), strict=True))
+        found = from_full(entry, join(entry, shards), shape)
+        back.update(zip(entry.hf, found, strict=True))
+        laid = [torch.zeros_like(t) for t in found]
+        lay(entry, shards, shape, laid)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(laid, found, strict=True)), entry
     assert set(back) == set(tensors)
     for name, tensor in tensors.items():
         assert back[name].dtype == dtype and torch.equal(bits(back[name]), bits(tensor)), name
