@@ -25,7 +25,6 @@ from megatron_dgpo.types import Sample
 STEPS = 4
 
 
-@register("letters")
 class Letters(Reward):
     """1 where the response has more letters than the row's answer says: always, never or now and then."""
 
@@ -79,6 +78,7 @@ def train(rank: int, world: int, configs: Sequence[Config], stop_at: int = 0) ->
     """Whole runs, one after the other; asked to stop when the reward is called for the stop_at-th time."""
     from megatron_dgpo.train import load_data, run
 
+    register("letters")(Letters)  # here, so that the other tests of a session do not see it
     Letters.stop_at = stop_at
     for c in configs:
         with split(c) as groups:

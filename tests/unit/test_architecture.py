@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import os
 import subprocess
 import sys
@@ -46,6 +47,16 @@ NAMES_MEGATRON = {"platform", "mcore", "entry"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")
 
 
+def parse(source: str) -> ast.Module:
+    """ast.parse without garbage collection: in Python 3.11 a finalizer that parses too, as one that prints
+    a traceback does, makes it raise SystemError (python/cpython issue 106905)."""
+    gc.disable()
+    try:
+        return ast.parse(source)
+    finally:
+        gc.enable()
+
+
 def module_name(path: Path) -> str:
     """`mcore.policy` for megatron_dgpo/mcore/policy.py."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -75,12 +86,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 def imported_rooms(source: str, own: str) -> set[str]:
     """Rooms of the package, other than its own, that a source imports."""
-    names = [name for name, _ in imports(ast.parse(source)) if name.startswith("megatron_dgpo.")]
+    names = [name for name, _ in imports(parse(source)) if name.startswith("megatron_dgpo.")]
     return {name.split(".")[1] for name in names} - {own}
 
 
 def third_party(source: str) -> set[str]:
-    tops = {name.split(".")[0] for name, _ in imports(ast.parse(source))}
+    tops = {name.split(".")[0] for name, _ in imports(parse(source))}
     return tops - set(sys.stdlib_module_names) - {"megatron_dgpo"}
 
 
@@ -114,7 +125,7 @@ def test_imports_go_downward(path: Path) -> None:
 
 
 def test_platform_names_megatron_inside_functions_only() -> None:
-    top = ast.parse((PACKAGE / "platform.py").read_text()).body
+    top = parse((PACKAGE / "platform.py").read_text()).body
     names = [n for node in top if isinstance(node, (ast.Import, ast.ImportFrom)) for n, _ in
              imports(ast.Module(body=[node], type_ignores=[]))]  # fmt: skip
     assert "torch" in names and not [n for n in names if n.startswith("megatron.")]
@@ -137,7 +148,7 @@ def test_the_reader_of_imports_sees_what_it_should() -> None:
 
 def test_recipes_and_tools_import_the_package_and_not_the_reverse() -> None:
     for path in [*(ROOT / "examples").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]:
-        for name, line in imports(ast.parse(path.read_text())):
+        for name, line in imports(parse(path.read_text())):
             assert name.split(".")[0] not in {"examples", "tools", "tests"}, f"{path}:{line}"
 
 
@@ -161,6 +172,6 @@ def test_parts_work_with_neither_megatron_nor_sglang() -> None:
 def test_files_and_functions_stay_short(path: Path) -> None:
     source = path.read_text()
     assert len(source.splitlines()) <= 500
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name

@@ -321,10 +321,10 @@ class _Draw:
             await self._wait(set(tasks), should_stop)
         finally:
             rids = self._client.in_flight(self._call)
-            left = [task for task in tasks if not task.done()]
-            for task in left:
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*left, return_exceptions=True)
+            # All of them: of several that failed, only the first one's error has been raised.
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._client.abort(rids)
         return self._groups
 
