@@ -8,6 +8,10 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 out=runs/gsm8k_smoke
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# On CPUs, memory that is freed is kept, in huge pages: getting it from the system anew costs more than using it.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 
 python examples/gsm8k_smoke/prepare.py --out "$out/data"
 rm -rf "$out/run"

@@ -22,6 +22,10 @@ engine="${QUICKSTART_ENGINE:-embedded}"
 run="${QUICKSTART_RUN:-dgpo$([ "$engine" = embedded ] || echo "-$engine")}"
 here=examples/quickstart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# On CPUs, memory that is freed is kept, in huge pages: getting it from the system anew costs more than using it.
+export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 
 sft_size=() rl_size=() data_size=()
 if [ -n "$short" ]; then

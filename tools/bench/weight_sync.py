@@ -1,19 +1,21 @@
 """Times full weight syncs into a real SGLang server against bare broadcasts of the same bytes.
 
     make sglang
-    python tools/bench/weight_sync.py [--rounds 7]
+    python tools/bench/weight_sync.py [--rounds 10]
     torchrun --standalone --nproc-per-node 2 tools/bench/weight_sync.py --tensor-model-parallel-size 2
 
 A sync is everything that happens between two rollouts, but for the probe: pausing the server, gathering
 and renaming the weights, sending them in buckets, loading them, resuming. The bare broadcast sends as
 many bytes in as many pieces through the same process group, between the same two processes; they have a
-name that SGLang's models pass over, so the server loads nothing. It goes in one request for all pieces and
-in a request for each: which is faster depends on how the server's memory comes. All take turns; a ratio is
-of the sync's rate to the faster bare one's of its round.
+name that SGLang's models pass over, so the server loads nothing. They take turns, and a ratio is between
+two of the same round.
 
 Printed: medians over the rounds, GB/s, the sync's rate over the bare one's as the median of the ratios
-with the least and the most, and by how much this process's memory grew during a sync, in buckets (the
-largest one, which one large tensor may fill alone).
+with the least and the most, and by how much this process's memory grew during the first sync, in buckets
+(the largest one, which one large tensor may fill alone).
+
+On CPUs, run it with the memory settings of `examples/quickstart/run.sh`: the trainer then keeps its buffers
+from one sync to the next, as the servers do.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,7 @@ from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.rollout.sglang.engine import SGLangEngine
 from megatron_dgpo.rollout.sglang.fleet import Fleet
 from megatron_dgpo.rollout.sglang.transport import Broadcast
+from megatron_dgpo.types import WeightBucket
 from megatron_dgpo.weights.export import stage_buckets
 
 PASSED_OVER = "rotary_emb.inv_freq"
@@ -51,10 +54,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=24 if on_gpu else 8)
     parser.add_argument("--vocab", type=int, default=151936 if on_gpu else 32768)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--bucket-bytes", type=int, default=64 << 20)
+    parser.add_argument("--bucket-bytes", type=int, default=SyncConfig().bucket_bytes)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--python", type=Path, default=Path(".venv-sglang/bin/python"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", type=Path, default=Path("runs/bench/weight_sync.json"))
     args = parser.parse_args()
     args.prompt_tokens, args.response_tokens = 16, 112
@@ -91,29 +94,22 @@ class Bare:
         self._engine, self._group = engine, group
         self._pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
 
-    def at_once(self) -> None:
-        self._send([self._pieces])
-
-    def one_by_one(self) -> None:
-        self._send([[piece] for piece in self._pieces])
-
-    def _send(self, requests: list[list[torch.Tensor]]) -> None:
+    def send(self) -> None:
         url = self._group.servers[0]
         for path in ("/pause_generation", "/begin_weight_update"):
             self._control(url, path)
-        for pieces in requests:
+        for piece in self._pieces:
             payload = dict(
-                names=[PASSED_OVER] * len(pieces),
-                dtypes=["uint8"] * len(pieces),
-                shapes=[list(p.shape) for p in pieces],
+                names=[PASSED_OVER],
+                dtypes=["uint8"],
+                shapes=[list(piece.shape)],
                 group_name=self._group.name,
                 flush_cache=False,
             )
             answer = self._engine.client.submit(
                 url, "/update_weights_from_distributed", payload, timeout=self._group.timeout_seconds
             )
-            for piece in pieces:
-                dist.broadcast(piece, group=self._group.group, group_src=0)
+            dist.broadcast(piece, group=self._group.group, group_src=0)
             answer.result()
         for path in ("/end_weight_update", "/continue_generation"):
             self._control(url, path)
@@ -130,10 +126,6 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    sizes = [
-        b.flat.numel() * b.flat.element_size()
-        for b in stage_buckets(model, groups, bucket_bytes=args.bucket_bytes)
-    ]
     sglang = SGLangConfig(launch=LaunchConfig(python=args.python))
     fleet = Fleet(sglang, groups, model_path=folder, dtype=args.dtype, log_folder=folder / "servers")
     engine = SGLangEngine(
@@ -147,41 +139,50 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
     )
     version = iter(range(1_000_000))
 
+    def buckets() -> Iterator[WeightBucket]:
+        return stage_buckets(model, groups, bucket_bytes=args.bucket_bytes)
+
     def sync() -> None:
-        engine.update_weights_by_stage(
-            lambda: stage_buckets(model, groups, bucket_bytes=args.bucket_bytes), next(version)
-        )
+        engine.update_weights_by_stage(buckets, next(version))
+
+    sizes: list[int] = []
+
+    def first_sync() -> None:
+        def noted() -> Iterator[WeightBucket]:
+            for bucket in buckets():
+                sizes.append(bucket.flat.nbytes)
+                yield bucket
+
+        engine.update_weights_by_stage(noted, next(version))
 
     try:
-        sync()  # the server joins the process group
+        grown = resident_peak(first_sync)  # the server joins the process group, and buffers come into being
         group = engine.transport
         calls: list[tuple[str, Callable[[], object]]] = [("sync", sync)]
         if isinstance(group, Broadcast):
-            bare = Bare(engine, group, sizes, groups.device)
-            calls += [("bare, one request", bare.at_once), ("bare, one by one", bare.one_by_one)]
+            calls.append(("bare", Bare(engine, group, sizes, groups.device).send))
         else:  # a rank that sends nothing
-            calls += [("bare, one request", lambda: None), ("bare, one by one", lambda: None)]
+            calls.append(("bare", lambda: None))
         for _, call in calls:
             timed(call, groups)
         rounds = []
         for k in range(args.rounds):
-            turns = calls[k % 3 :] + calls[: k % 3]
+            turns = calls[:: 1 if k % 2 == 0 else -1]
             rounds.append({name: timed(call, groups) for name, call in turns})
-        grown = resident_peak(sync)
     finally:
         engine.close()
     return report(args, rounds, sizes, grown) if groups.rank == 0 else None
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, float]], sizes: list[int], grown: int) -> Any:
-    size, names = sum(sizes), list(rounds[0])
-    ratios = sorted(min(r[n] for n in names if n != "sync") / r["sync"] for r in rounds)
-    seconds = {name: statistics.median(r[name] for r in rounds) for name in sorted(names)}
+    size = sum(sizes)
+    ratios = sorted(r["bare"] / r["sync"] for r in rounds)
+    seconds = {name: statistics.median(r[name] for r in rounds) for name in ("bare", "sync")}
     return {
         "bytes": size,
         "seconds": seconds,
         "gb_per_second": {name: size / value / 1e9 for name, value in seconds.items()},
-        "sync_over_faster_bare": {
+        "sync_rate_over_bare": {
             "median": statistics.median(ratios),
             "least": ratios[0],
             "most": ratios[-1],

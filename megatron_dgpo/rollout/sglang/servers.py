@@ -53,7 +53,15 @@ _CPU_ARGS: dict[str, Any] = dict(
     max_running_requests=64,
     sleep_on_idle=True,  # a server that waits would otherwise keep a core busy, which the trainer needs
 )
-_CPU_ENVIRONMENT = {WITHOUT_GPU: "1", "SGLANG_USE_CPU_ENGINE": "1"}
+_CPU_ENVIRONMENT = {
+    WITHOUT_GPU: "1",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    # Buckets arrive in memory that is kept, in huge pages: getting it from the system anew takes as long
+    # as the transfer.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 
 
 class ServerFailed(RuntimeError):
