@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import psutil
@@ -25,11 +26,12 @@ from megatron_dgpo.learner import score_sequences
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.rollout.collect import collect
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.rollout.sglang.client import SGLangClient
 from megatron_dgpo.rollout.sglang.engine import SGLangEngine, WeightUpdateFailed
 from megatron_dgpo.rollout.sglang.fleet import Fleet, FleetLost
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
-from megatron_dgpo.rollout.sglang.transport import Broadcast
+from megatron_dgpo.rollout.sglang.transport import Broadcast, SharedMemory
 from megatron_dgpo.run import build_policy
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
@@ -129,6 +131,30 @@ def _syncs(
     return out
 
 
+def colocated(
+    rank: int, world: int, folder: Path, url: str, splits: Sequence[dict[str, Any]]
+) -> list[tuple[float, float]]:
+    """`_differences` after each of two syncs through shared memory at each split; between the two the
+    server rests and the weights change."""
+    out = []
+    for number, sizes in enumerate(splits):
+        c = config(folder, **sizes)
+        with split(c) as groups:
+            sglang = SGLangConfig(urls=(url,), colocate=True)
+            trainer = Trainer(folder, groups, c, sglang, SyncConfig(bucket_bytes=SMALL))
+            ids = probe_ids(trainer.shape.vocab_size, trainer.shape.max_positions)
+            for version in (1, 2):
+                seed = 100 + 10 * number + version
+                trainer.change_weights(seed)
+                trainer.sync.push(version)
+                out.append(_differences(trainer, ids, tensors(folder, seed)))
+                if version == 1:
+                    trainer.engine.rest()
+            assert isinstance(trainer.engine.transport, SharedMemory if groups.tp.rank() == 0 else NoneType)
+            trainer.engine.close()
+    return out
+
+
 def _plain(folder: Path) -> Iterator[tuple[str, Tensor]]:
     names, read = convert.folder_source(folder)
     for name in names:
@@ -209,15 +235,25 @@ def managed_server_killed_twice(rank: int, world: int, folder: Path, python: Pat
 
             prompts = [Prompt(f"p{i}", (1, 2, 3, i + 1), "", "") for i in range(16)]
             params = SamplingParams(max_new_tokens=40, n=2)
+            scored: list[int] = []
+            race = Race(
+                dist.HashStore(),
+                "race",
+                wanted=10**6,
+                score=lambda samples: scored.extend(map(id, samples)),
+                counts=lambda group: True,
+            )
             groups_ = collect(
                 trainer.engine,
                 lambda samples: None,
                 prompts,
                 params,
                 groups.replica,
+                race=race,
                 recover=trainer.sync.recover,
                 on_progress=on_progress,
             )
+            seen["scored once"] = sorted(scored) == sorted(id(s) for g in groups_ for s in g.samples)
             seen["prompts"] = [g.prompt.id for g in groups_]
             seen["samples"] = [len(g.samples) for g in groups_]
             seen["versions"] = {

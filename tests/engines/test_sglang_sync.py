@@ -39,6 +39,14 @@ def test_engines_have_the_trainers_weights(
             assert from_transformers <= BOUND and from_trainer <= BOUND, (family, count, results)
 
 
+def test_colocated_engines_get_the_weights_through_shared_memory(
+    folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    given = folders["llama"], servers["llama"].url, [{"tp": 2}, {"pp": 2}]
+    results = run_ranks(sync_ranks.colocated, 2, *given, timeout=300)[0]
+    assert len(results) == 4 and max(map(max, results)) <= BOUND, results
+
+
 def test_another_model_is_refused(
     folders: dict[str, Path], servers: dict[str, ServerProcess], tmp_path: Path
 ) -> None:
@@ -75,6 +83,7 @@ def test_a_managed_server_that_dies_is_started_again(folders: dict[str, Path], s
     )
     assert seen["prompts"] == [f"p{i}" for i in range(16)]
     assert seen["samples"] == [2] * 16
+    assert seen["scored once"]
     assert seen["versions"] == {3}
     assert max(seen["difference"]) <= BOUND
     assert seen["restarts"] == 2
