@@ -12,7 +12,7 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.config import Config, LaunchConfig, SFTConfig
+from megatron_dgpo.config import AlgorithmConfig, Config, CreditConfig, LaunchConfig, SFTConfig
 
 AnyConfig = Config | SFTConfig
 
@@ -133,13 +133,32 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
             yield f"rollout.sglang.launch.args: {name} follows from {follows} and cannot be set"
 
 
-def _policies(config: Config) -> Iterator[str]:
-    """Settings of how rollouts are drawn and corrected."""
-    if 0 < (cap := config.algorithm.tis_cap) < 1:
+def _algorithm(a: AlgorithmConfig) -> Iterator[str]:
+    if 0 < a.tis_cap < 1:
         yield (
-            f"algorithm.tis_cap: {cap} would also weigh down tokens that engine and trainer agree on; "
+            f"algorithm.tis_cap: {a.tis_cap} would also weigh down tokens that engine and trainer agree on; "
             "use at least 1, or 0 to turn it off"
         )
+    if 0 < a.sequence_mask_cap < 1:
+        yield f"algorithm.sequence_mask_cap: {a.sequence_mask_cap} is below 1; 0 turns it off"
+    dead: dict[str, str] = {}
+    if a.credit == "uniform":
+        dead |= dict.fromkeys(CreditConfig.model_fields, "algorithm.credit = 'uniform'")
+    if a.tau == "auto":
+        dead["tau_schedule"] = "algorithm.tau = 'auto'"
+    else:
+        dead["effective_fraction"] = f"algorithm.tau = {a.tau}"
+    for name in ("tau", "kappa"):
+        if getattr(a, f"{name}_schedule") == "constant":
+            dead[f"{name}_final"] = f"algorithm.{name}_schedule = 'constant'"
+    for name, reason in dead.items():
+        if (value := getattr(a, name)) != CreditConfig.model_fields[name].default and name != "credit":
+            yield f"algorithm.{name}: {value!r} has no effect with {reason}"
+
+
+def _policies(config: Config) -> Iterator[str]:
+    """Settings of how rollouts are drawn and corrected."""
+    yield from _algorithm(config.algorithm)
     r = config.rollout
     if r.oversampling > 1 and r.engine == "embedded" and not r.dynamic_sampling:
         yield (

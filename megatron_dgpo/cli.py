@@ -6,6 +6,7 @@ torch, so a wrong setting is refused before a process group or a model exists.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from megatron_dgpo.checks import check_all
-from megatron_dgpo.config import Config, SFTConfig
+from megatron_dgpo.config import PRESETS, Config, SFTConfig
 
 C = TypeVar("C", Config, SFTConfig)
 SHORT_NAMES = {"resume": "run.resume"}
@@ -194,11 +195,16 @@ def validate(raw: dict[str, Any], schema: type[C]) -> C:
     """Typed settings. Raises ConfigError with a line for each bad, missing or unknown key."""
     algorithm = raw.get("algorithm")
     if isinstance(algorithm, dict) and "algorithm" in schema.model_fields:
-        raw = {**raw, "algorithm": {"name": "dgpo", **algorithm}}
+        algorithm = {"name": "dgpo", **algorithm}
+        preset = copy.deepcopy(PRESETS.get(str(algorithm["name"]), {}))
+        _merge(preset, {**raw, "algorithm": algorithm})
+        raw = preset
     try:
         return schema.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError([_line(problem, schema) for problem in error.errors()]) from None
+        # Of a value that is a number or a word, the complaint about the number says what is possible.
+        problems = [p for p in error.errors() if not str(p["loc"][-1]).startswith("literal[")]
+        raise ConfigError([_line(problem, schema) for problem in problems]) from None
 
 
 _EXPECTED = {
@@ -218,15 +224,20 @@ _EXPECTED = {
 def _line(problem: Any, schema: type[BaseModel]) -> str:
     # The tag of a union is part of pydantic's location, but not of the key.
     parts = [str(p) for p in problem["loc"]]
-    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in _algorithm_names():
+    if parts[:1] == ["algorithm"] and len(parts) > 1 and parts[1] in (*_algorithm_names(), "custom"):
         del parts[1]
+    if parts[-1] in ("float", "constrained-float"):
+        del parts[-1]
     key, kind, given = ".".join(parts), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         return _unknown(key, schema, given)
     if kind == "missing":
         return f"{key}: missing, and there is no default"
+    if kind == "union_tag_invalid" and not isinstance(given, dict):
+        return f"{key}: {given!r} is not a table"
     if kind == "union_tag_invalid":
-        return f"{key}.name: {given.get('name')!r} is not one of {', '.join(_algorithm_names())}"
+        names = ", ".join(_algorithm_names())
+        return f"{key}.name: {given.get('name')!r} is not one of {names}, or 'package.module:Class'"
     if kind in _EXPECTED:
         return f"{key}: {given!r} is not {_EXPECTED[kind]}"
     message = problem["msg"][0].lower() + problem["msg"][1:]
@@ -247,8 +258,8 @@ def _unknown(key: str, schema: type[BaseModel], given: Any) -> str:
 
 
 def _algorithm_names() -> list[str]:
-    union = typing.get_args(Config.model_fields["algorithm"].annotation)
-    return [member.model_fields["name"].default for member in union]
+    names = [m.model_fields["name"].default for m in _models_in(Config.model_fields["algorithm"].annotation)]
+    return [name for name in names if isinstance(name, str)]
 
 
 # --- help and output --------------------------------------------------------------------------------
@@ -274,6 +285,8 @@ def keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str, 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _models_in(typing.get_args(annotation)[0])
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return [m for a in typing.get_args(annotation) for m in _models_in(a)]
     return []
@@ -288,6 +301,8 @@ def _type_name(annotation: Any) -> str:
         return "table"
     if typing.get_origin(annotation) is typing.Annotated:
         return _type_name(typing.get_args(annotation)[0])
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return " | ".join(map(_type_name, typing.get_args(annotation)))
     return {"int": "integer", "float": "number", "bool": "true/false", "str": "text", "Path": "path"}.get(
         getattr(annotation, "__name__", ""), str(annotation)
     )

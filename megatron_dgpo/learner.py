@@ -86,6 +86,7 @@ class Learner:
                 batch.features["reference_hidden"] = hidden_TH
         sums = Sums()
         self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums))
+        self.algorithm.settle(batches, self.policy.groups.dp)
         return sums
 
     def _rollout_features(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums) -> None:

@@ -93,7 +93,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
                 rollout = trainer.rollout(state)
                 trainer.start_next(state)
             with trainer.timer("prepare"):
-                minibatches, sums = trainer.prepare(rollout.minibatches)
+                minibatches, sums = trainer.prepare(rollout.minibatches, state.step)
             with trainer.timer("update"):
                 sums.merge(trainer.update(minibatches, folder))
             state.step += 1
@@ -125,7 +125,9 @@ class Trainer:
             len(self.prompts), prompts_per_draw(config), seed=config.run.seed, shuffle=config.data.shuffle
         )
         vocab_size = ModelShape.from_folder(config.model.path).vocab_size
-        self.algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
+        self.algorithm = build_algorithm(
+            config.algorithm, vocab_size=vocab_size, max_response_tokens=config.rollout.max_new_tokens
+        )
         self.policy = build_policy(
             config,
             groups,
@@ -197,8 +199,11 @@ class Trainer:
             stop_token_ids=self.stop_ids,
         )
 
-    def prepare(self, groups_by_minibatch: Sequence[Sequence[Group]]) -> tuple[list[MiniBatch], Sums]:
+    def prepare(
+        self, groups_by_minibatch: Sequence[Sequence[Group]], step: int
+    ) -> tuple[list[MiniBatch], Sums]:
         """Packed mini-batches with everything that is fixed before the first update."""
+        self.algorithm.begin_step(step / max(1, self.config.train.steps - 1))
         minibatches = self.learner.pack([self.algorithm.select(list(g)) for g in groups_by_minibatch])
         if not minibatches:
             log.warning("no sample of this step has a reward: no update (see the samples' reward_error)")

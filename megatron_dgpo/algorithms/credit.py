@@ -17,7 +17,7 @@ from megatron_dgpo.types import CreditWeights
 ENTROPY_NORMALIZATIONS = ("log_vocab", "none")
 
 
-def _check(vocab_size: int, tau: float, kappa: float, entropy_normalization: str) -> None:
+def check_credit(vocab_size: int, tau: float, kappa: float, entropy_normalization: str) -> None:
     if not (tau > 0 and math.isfinite(tau)):
         raise ValueError(f"tau={tau}: must be a finite number greater than 0")
     if not (kappa >= 0 and math.isfinite(kappa)):
@@ -46,40 +46,49 @@ def effective_fraction(
 
 
 @torch.no_grad()
-def credit_weights(
-    hellinger: torch.Tensor,
+def credit_scores(
+    distance: torch.Tensor,
     entropy: torch.Tensor,
-    cu_seqlens: torch.Tensor,
     *,
     vocab_size: int,
-    tau: float,
     kappa: float,
     entropy_normalization: str = "log_vocab",
-    loss_mask: torch.Tensor | None = None,
-    cp_group: dist.ProcessGroup | None = None,
-) -> CreditWeights:
-    """w_{i,t} = T_i softmax_t(s_{i,t} / tau) with s = d Hn^kappa (Eq. 6 and section 4.4).
+) -> torch.Tensor:
+    """s = d Hn^kappa of each token (section 4.4), (T,) float64.
 
-    hellinger (T,): squared Hellinger distance to the reference (Eq. 2), in [0, 1]; for the ablation the
+    distance (T,): squared Hellinger distance to the reference (Eq. 2), in [0, 1]; for the ablation the
     reverse KL divergence in nats takes its place (any finite number may). entropy (T,): nats; Hn is it over
-    ln V, or itself with entropy_normalization "none". kappa = 0 turns the gate off (0^0 = 1). loss_mask (T,)
-    bool: tokens outside get weight 0 and are not counted in T_i; None counts all. cp_group: each sequence's
-    tokens are spread over these ranks (same sequences on each), joined by two all-reduces of numbers per
-    sequence.
-
-    The mean of w over the counted tokens of a response is 1, and w is exactly 1 where all of its scores
-    are equal. Carries no gradient. Raises ValueError for settings out of range.
+    ln V, or itself with entropy_normalization "none". kappa = 0 turns the gate off (0^0 = 1).
     """
-    _check(vocab_size, tau, kappa, entropy_normalization)
-    num_tokens, num_sequences = hellinger.shape[0], cu_seqlens.shape[0] - 1
-    ids_T = segment_ids(cu_seqlens, num_tokens)
-    mask_T = torch.ones_like(ids_T, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
-    # float64 for a few numbers a token: sums over long responses keep the mean at 1.
+    # float64 for a few numbers a token: sums over long responses keep the mean of the weights at 1.
     gate_T = entropy.double().clamp(min=0.0)
     if entropy_normalization == "log_vocab":
         gate_T = normalized_entropy(gate_T, vocab_size)
-    scores_T = hellinger.double() * gate_T.pow(kappa)
-    scores_T = torch.where(mask_T, scores_T, torch.zeros_like(scores_T))
+    return distance.double() * gate_T.pow(kappa)
+
+
+@torch.no_grad()
+def spread_credit(
+    scores: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    tau: float,
+    loss_mask: torch.Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> CreditWeights:
+    """w_{i,t} = T_i softmax_t(s_{i,t} / tau) of scores (T,) float64 (Eq. 6).
+
+    loss_mask (T,) bool: tokens outside get weight 0 and are not counted in T_i; None counts all. cp_group:
+    each sequence's tokens are spread over these ranks (same sequences on each), joined by two all-reduces of
+    numbers per sequence.
+
+    The mean of w over the counted tokens of a response is 1, and w is exactly 1 where all of its scores
+    are equal.
+    """
+    num_tokens, num_sequences = scores.shape[0], cu_seqlens.shape[0] - 1
+    ids_T = segment_ids(cu_seqlens, num_tokens)
+    mask_T = torch.ones_like(ids_T, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    scores_T = torch.where(mask_T, scores, torch.zeros_like(scores))
     logits_T = torch.where(mask_T, scores_T / tau, torch.full_like(scores_T, -torch.inf))
     peaks_S = logits_T.new_full((num_sequences,), -torch.inf)
     peaks_S = max_over(peaks_S.scatter_reduce_(0, ids_T, logits_T, "amax"), cp_group)
@@ -92,3 +101,26 @@ def credit_weights(
         scores=scores_T.float(),
         effective_fraction=effective_fraction(sums_S, square_sums_S, counts_S).float(),
     )
+
+
+def credit_weights(
+    hellinger: torch.Tensor,
+    entropy: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    vocab_size: int,
+    tau: float,
+    kappa: float,
+    entropy_normalization: str = "log_vocab",
+    loss_mask: torch.Tensor | None = None,
+    cp_group: dist.ProcessGroup | None = None,
+) -> CreditWeights:
+    """Scores of `credit_scores`, spread by `spread_credit`.
+
+    Carries no gradient. Raises ValueError for settings out of range.
+    """
+    check_credit(vocab_size, tau, kappa, entropy_normalization)
+    scores_T = credit_scores(
+        hellinger, entropy, vocab_size=vocab_size, kappa=kappa, entropy_normalization=entropy_normalization
+    )
+    return spread_credit(scores_T, cu_seqlens, tau=tau, loss_mask=loss_mask, cp_group=cp_group)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
-from megatron_dgpo.algorithms.base import Algorithm, ClippedSettings, Metrics, feature, masked_mean, only
+from megatron_dgpo.algorithms.base import Algorithm, Settings, Tokens
+from megatron_dgpo.algorithms.batch import Metrics, feature, masked_mean, only
 from megatron_dgpo.algorithms.surrogate import k3_kl
-from megatron_dgpo.types import PackedBatch, TokenStats
 
 
-class GrpoSettings(ClippedSettings, Protocol):
+class GrpoSettings(Settings, Protocol):
     kl_coef: float
 
 
@@ -20,24 +19,19 @@ class Grpo(Algorithm):
     """Clipped surrogate with, for kl_coef > 0, a penalty kl_coef * k3 towards the reference (Eq. 3 and 4,
     arXiv 2402.03300)."""
 
-    def __init__(
-        self, config: GrpoSettings, *, vocab_size: int, cp_group: dist.ProcessGroup | None = None
-    ) -> None:
-        super().__init__(config, vocab_size=vocab_size, cp_group=cp_group)
+    def __init__(self, config: GrpoSettings, **world: Any) -> None:
+        super().__init__(config, **world)
         if not config.kl_coef >= 0:
             raise ValueError(f"kl_coef={config.kl_coef}: must be at least 0")
-        self.config = config
+        self._kl_coef = config.kl_coef
 
     @property
     def needs_reference(self) -> bool:
-        return self.config.kl_coef > 0
+        return self._kl_coef > 0 or super().needs_reference
 
-    def loss(self, stats: TokenStats, batch: PackedBatch) -> tuple[torch.Tensor, Metrics]:
-        log_probs_T, objective_T, coefficients_T, metrics = self._surrogate(stats, batch)
-        loss = -(coefficients_T * objective_T).sum()
-        if self.needs_reference:
-            reference_T = only(feature(batch, "reference_log_probs"), batch.loss_mask_T)
-            kl_T = k3_kl(log_probs_T, reference_T)
-            loss = loss + self.config.kl_coef * (coefficients_T * kl_T).sum()
-            metrics["kl_penalty"] = masked_mean(kl_T, batch.loss_mask_T)
-        return loss, metrics
+    def penalty(self, tokens: Tokens) -> tuple[torch.Tensor, Metrics] | None:
+        if not self._kl_coef:
+            return None
+        reference_T = only(feature(tokens.batch, "reference_log_probs"), tokens.mask_T)
+        kl_T = k3_kl(tokens.log_probs_T, reference_T)
+        return self._kl_coef * kl_T, {"kl_penalty": masked_mean(kl_T, tokens.mask_T)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -31,19 +32,23 @@ COMMON = {
     "normalize_by_std": True,
     "aggregation": "sequence_mean",
     "tis_cap": 0.0,
+    "sequence_mask_cap": 0.0,
+    "credit": "uniform",
+    "tau": 1.0,
+    "tau_schedule": "constant",
+    "tau_final": 1.0,
+    "effective_fraction": 0.9,
+    "kappa": 1.0,
+    "kappa_schedule": "constant",
+    "kappa_final": 1.0,
+    "entropy_normalization": "log_vocab",
+    "distance": "hellinger",
+    "credit_timing": "rollout",
 }
 
 
 def dgpo(**changes):
-    settings = {
-        "name": "dgpo",
-        "tau": 0.02,
-        "kappa": 1.0,
-        "entropy_normalization": "log_vocab",
-        "distance": "hellinger",
-        "credit_timing": "rollout",
-        **COMMON,
-    }
+    settings = {**COMMON, "name": "dgpo", "credit": "distribution", "tau": 0.02}
     return build_algorithm(SimpleNamespace(**{**settings, **changes}), vocab_size=VOCAB)
 
 
@@ -294,10 +299,12 @@ def test_infinite_tau_is_grpo():
     assert a[0] == pytest.approx(b[0], abs=1e-7) and (a[1] - b[1]).abs().max() <= 1e-8
 
 
-@pytest.mark.parametrize("algorithm", [dgpo(), dgpo(credit_timing="update"), grpo(kl_coef=0.04)])
+@pytest.mark.parametrize(
+    "make", [dgpo, partial(dgpo, credit_timing="update"), partial(grpo, kl_coef=0.04)], ids=str
+)
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
-def test_the_split_into_micro_batches_does_not_matter(algorithm, aggregation):
-    algorithm.config.aggregation = aggregation
+def test_the_split_into_micro_batches_does_not_matter(make, aggregation):
+    algorithm = make(aggregation=aggregation)
     case = problem()
     tokens = int(case[4].sum())
     whole = run(algorithm, case)
@@ -335,7 +342,9 @@ def test_metrics():
     assert 0 < want["clip_low_fraction"] < want["clip_fraction"]
     for name, value in want.items():
         assert got[name] == pytest.approx(float(value), rel=1e-5), name
-    assert set(got) == {*want, "credit_weight_variance", "credit_effective_fraction"}
+    credit = {f"credit_{n}" for n in ("weight_variance", "effective_fraction", "tau", "kappa")}
+    assert set(got) == {*want, *credit}
+    assert got["credit_tau"] == pytest.approx(0.02) and got["credit_kappa"] == 1.0
     assert 0 < got["credit_effective_fraction"] < 1
     # With mean 1, the variance of a response's weights is 1 / fraction - 1.
     one = run(dgpo(credit_timing="update"), case, [2])[2]

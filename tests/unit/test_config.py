@@ -99,7 +99,17 @@ def test_the_algorithm_is_chosen_by_name() -> None:
     assert validate(given(RL, "algorithm.tau", 0.5), Config).algorithm.tau == 0.5
     grpo = validate({**RL, "algorithm": {"name": "grpo", "kl_coef": 0.04}}, Config).algorithm
     assert (grpo.name, grpo.kl_coef, grpo.clip_low) == ("grpo", 0.04, 0.2)
-    assert not hasattr(grpo, "tau")
+    assert grpo.credit == "uniform" and not hasattr(grpo, "options")
+    own = validate({**RL, "algorithm": {"name": "mine.algo:Mine", "options": {"a": 1}}}, Config).algorithm
+    assert (own.name, own.options) == ("mine.algo:Mine", {"a": 1})
+
+
+def test_an_algorithm_brings_defaults_for_other_sections() -> None:
+    config = validate({**RL, "algorithm": {"name": "dapo_dgpo"}}, Config)
+    assert config.rollout.dynamic_sampling and config.algorithm.credit == "distribution"
+    assert (config.algorithm.clip_low, config.algorithm.clip_high) == (0.2, 0.28)
+    own = validate({**RL, "algorithm": {"name": "dapo"}, "rollout": {"dynamic_sampling": False}}, Config)
+    assert not own.rollout.dynamic_sampling and own.algorithm.credit == "uniform"
 
 
 @pytest.mark.parametrize(

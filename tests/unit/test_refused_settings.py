@@ -71,7 +71,28 @@ SETTINGS = {
     ),
     "value as section": Case(["--run.seed.x", 1], "run.seed: {'x': 1} is not an integer"),
     "section as value": Case(["--run", 1], "run: 1 is not a table"),
-    "algorithm": Case(["--algorithm.name", "ppo"], "algorithm.name: 'ppo' is not one of dgpo, grpo"),
+    "algorithm": Case(["--algorithm.name", "ppo"], "algorithm.name: 'ppo' is not one of dgpo, grpo, "),
+    "algorithm by path": Case(["--algorithm.name", "mine:"], "algorithm.name: 'mine:'"),
+    "tau without credit": Case(
+        ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],
+        "algorithm.tau: 0.5 has no effect with algorithm.credit = 'uniform'",
+    ),
+    "end of no schedule": Case(
+        ["--algorithm.kappa_final", 0],
+        "algorithm.kappa_final: 0.0 has no effect with algorithm.kappa_schedule = 'constant'",
+    ),
+    "schedule of auto": Case(
+        ["--algorithm.tau", "auto", "--algorithm.tau_schedule", "linear"],
+        "algorithm.tau_schedule: 'linear' has no effect with algorithm.tau = 'auto'",
+    ),
+    "fraction of no auto": Case(
+        ["--algorithm.effective_fraction", 0.5],
+        "algorithm.effective_fraction: 0.5 has no effect with algorithm.tau = 1.0",
+    ),
+    "word for tau": Case(["--algorithm.tau", "fast"], "algorithm.tau: 'fast' is not a number"),
+    "mask below 1": Case(
+        ["--algorithm.sequence_mask_cap", 0.5], "algorithm.sequence_mask_cap: 0.5 is below 1"
+    ),
     "algorithm as value": Case(["--algorithm", "grpo"], "algorithm: 'grpo' is not a table"),
     "reward": Case(
         ["--reward.name", "length"],
