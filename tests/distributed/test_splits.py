@@ -27,7 +27,15 @@ from tiny import (
     write_perturbed,
 )
 
-from megatron_dgpo.config import DGPOConfig, GRPOConfig, OptimizerConfig, SFTConfig
+from megatron_dgpo.config import (
+    DAPOConfig,
+    DGPOConfig,
+    GRPOConfig,
+    GSPOConfig,
+    OptimizerConfig,
+    ReinforceConfig,
+    SFTConfig,
+)
 
 TEMPERATURE, TAU, KAPPA, CLIP_LOW, CLIP_HIGH = 0.8, 0.03, 0.5, 0.2, 0.28
 EPS = 1e-6
@@ -54,6 +62,15 @@ LINEAR = OptimizerConfig(lr=1.0, adam_eps=1.0, weight_decay=0.0, clip_grad=0.0)
 """Adam's first step moves a weight by lr g / (|g| + eps) (bias correction undoes both averages). With
 lr = eps = 1 that is nearly g itself, so the weights after the step tell every gradient; with the usual
 eps it would tell little more than its sign."""
+
+
+OTHERS = {
+    "auto": DGPOConfig(tau="auto", effective_fraction=0.6),
+    "gspo": GSPOConfig(clip_low=0.02, clip_high=0.02, credit="distribution", tau=TAU),
+    "reinforce": ReinforceConfig(sequence_mask_cap=5.0),
+    "dapo": DAPOConfig(),
+}
+"""Whose formulas tests/unit/test_algorithm_variants.py checks."""
 
 
 def dgpo(case):
@@ -108,7 +125,7 @@ def credit(minibatch, groups):
     return {(s.prompt.id, s.index): w.clone() for s, w in zip(minibatch.samples, rows, strict=True)}
 
 
-def off_policy_update(folder, case, kwargs, max_tokens):
+def off_policy_update(folder, case, algorithm, kwargs, max_tokens):
     """One update with a reference, an old and a current policy that all differ."""
     from megatron_dgpo.run import merge_over_ranks
     from megatron_dgpo.weights.convert import folder_source, load_hf
@@ -118,7 +135,7 @@ def off_policy_update(folder, case, kwargs, max_tokens):
         folder / f"{kind}_reference",
         max_tokens=max_tokens,
         optimizer=LINEAR,
-        algorithm=dgpo(case),
+        algorithm=algorithm,
         temperature=TEMPERATURE,
         **kwargs,
     )
@@ -189,7 +206,9 @@ def work(rank, world_size, folder):
     results = {}
     for name, how in WORLDS[world_size].items():
         for case, options in CASES.items():
-            results[name, case] = off_policy_update(folder, options, *how)
+            results[name, case] = off_policy_update(folder, options, dgpo(options), *how)
+        for other, algorithm in OTHERS.items():
+            results[name, other] = off_policy_update(folder, CASES["untied"], algorithm, *how)
         results[name, "sft"] = supervised_update(folder, *how)
         for algorithm in (DGPOConfig(tau=0.01), GRPOConfig()):
             results[name, algorithm.name] = on_policy_updates(folder, algorithm, *how)
@@ -383,6 +402,27 @@ def test_splits_agree_with_each_other(results, folder, name, case):
         found |= result["credit"]
     assert set(found) == set(one["credit"])
     assert all(torch.allclose(found[k], w, rtol=1e-5, atol=0) for k, w in one["credit"].items())
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_other_algorithms_agree_at_every_split(results, folder, name, other):
+    before = hf_tensors(folder / "untied_current")
+    (one,) = results["TP=1", other]
+    want, found = gradients(before, one["weights"]), {}
+    keys = {"loss", "grad_norm", "ratio_mean"}
+    keys |= {k for k in one["metrics"] if k.startswith(("credit_", "sequence_masked"))}
+    for result in results[name, other]:
+        for key in keys:
+            assert result["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-5), key
+        check_gradients(gradients(before, result["weights"]), want, before)
+        found |= result["credit"]
+    assert set(found) == set(one["credit"])
+    assert all(torch.allclose(found[k], w, rtol=1e-5, atol=0) for k, w in one["credit"].items())
+    if other == "auto":
+        assert one["metrics"]["credit_effective_fraction"] == pytest.approx(0.6, abs=1e-6)
+    if other == "reinforce":
+        assert 0 < one["metrics"]["sequence_masked"] < 1
 
 
 @pytest.mark.parametrize("name", NAMES)
