@@ -12,7 +12,8 @@ from dataclasses import Field
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.config import AlgorithmConfig, Config, CreditConfig, LaunchConfig, SFTConfig
+from megatron_dgpo.config import Config, LaunchConfig, SFTConfig
+from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig
 
 AnyConfig = Config | SFTConfig
 

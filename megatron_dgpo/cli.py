@@ -23,7 +23,8 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from megatron_dgpo.checks import check_all
-from megatron_dgpo.config import PRESETS, Config, SFTConfig
+from megatron_dgpo.config import Config, SFTConfig
+from megatron_dgpo.config.algorithms import PRESETS
 
 C = TypeVar("C", Config, SFTConfig)
 SHORT_NAMES = {"resume": "run.resume"}

@@ -21,10 +21,13 @@ from megatron_dgpo import platform
 from megatron_dgpo.checks import AnyConfig
 from megatron_dgpo.cli import dump_toml
 from megatron_dgpo.config import Config
+from megatron_dgpo.config.algorithms import PPOConfig
+from megatron_dgpo.critic import Critic
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
+from megatron_dgpo.mcore.value import ValueModel
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.observe.metrics import MetricsWriter
@@ -103,14 +106,16 @@ class RunFolder:
             self.metrics.write(step, values, phase=phase)  # type: ignore[arg-type]
 
 
-def restore_or_start(policy: Policy, folder: RunFolder, console: Console, *, resume: bool) -> RunState:
+def restore_or_start(
+    policy: Policy, folder: RunFolder, console: Console, *, resume: bool, critic: Policy | None = None
+) -> RunState:
     """The state of the newest complete checkpoint, loaded into the policy, or a fresh one."""
     latest = folder.checkpoints.latest() if resume else None
     if latest is None:
         if folder.metrics is not None:
             folder.metrics.truncate_after(-1)
         return RunState()
-    restore(policy, latest)
+    restore(policy, latest, critic)
     state = RunState.from_json(latest.state)
     if folder.metrics is not None:
         folder.metrics.truncate_after(latest.step, evaluated=str(latest.step) in state.evaluations)
@@ -143,6 +148,31 @@ def build_policy(
         ddp=config.ddp,
         keep_reference=keep_reference,
     )
+
+
+def build_critic(config: Config, groups: platform.Groups, *, total_updates: int) -> Critic:
+    """A value model with the start policy's transformer, and PPO's settings."""
+    algorithm = config.algorithm
+    assert isinstance(algorithm, PPOConfig), "the algorithm that has a critic"
+    model = build_model(
+        ModelShape.from_folder(config.model.path),
+        config.parallel,
+        groups,
+        params_dtype=DTYPES[config.model.params_dtype],
+        layer_spec=config.model.layer_spec,
+        overrides=config.model.transformer,
+        kind=ValueModel,
+    )
+    if config.model.init == "random":
+        convert.load_trunk(
+            model, groups, config.model.path, *convert.random_source(config.model.path, config.run.seed)
+        )
+    else:
+        convert.load_trunk(model, groups, config.model.path, *convert.folder_source(config.model.path))
+    optimizer = config.optimizer.model_copy(
+        update={"lr": algorithm.critic_lr, "min_lr": min(config.optimizer.min_lr, algorithm.critic_lr)}
+    )
+    return Critic(Policy(model, groups, optimizer, total_updates=total_updates, ddp=config.ddp), algorithm)
 
 
 def build_engine(config: AnyConfig, groups: platform.Groups) -> EmbeddedEngine | SGLangEngine:

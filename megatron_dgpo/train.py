@@ -36,6 +36,7 @@ from megatron_dgpo.run import (
     RunFolder,
     RunState,
     StopSignal,
+    build_critic,
     build_engine,
     build_policy,
     finish,
@@ -81,7 +82,8 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
     console = Console(config.run.quiet, groups.rank)
     trainer = Trainer(config, groups, console, data)
     folder = RunFolder(config, groups)
-    state = restore_or_start(trainer.policy, folder, console, resume=config.run.resume)
+    critic = trainer.critic.policy if trainer.critic else None
+    state = restore_or_start(trainer.policy, folder, console, resume=config.run.resume, critic=critic)
     trainer.push(state.step)
     if state.step == 0:
         trainer.evaluate_when_due(state, folder)
@@ -95,7 +97,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
             with trainer.timer("prepare"):
                 minibatches, sums = trainer.prepare(rollout.minibatches, state.step)
             with trainer.timer("update"):
-                sums.merge(trainer.update(minibatches, folder))
+                sums.merge(trainer.update(minibatches, folder, state.step))
             state.step += 1
             with trainer.timer("sync"):
                 trainer.push(state.step)
@@ -104,7 +106,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
         stopping = stop.on_any_rank(groups)
         every = config.checkpoint.every
         if stopping or state.step == config.train.steps or (every and state.step % every == 0):
-            folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k))
+            folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k), critic)
     if state.step < config.train.steps:
         console.log(f"asked to stop after step {state.step}; go on with --resume")
     else:
@@ -128,10 +130,11 @@ class Trainer:
         self.algorithm = build_algorithm(
             config.algorithm, vocab_size=vocab_size, max_response_tokens=config.rollout.max_new_tokens
         )
+        updates = c.steps * c.epochs_per_rollout * (c.prompts_per_step // c.prompts_per_minibatch)
         self.policy = build_policy(
             config,
             groups,
-            total_updates=c.steps * c.epochs_per_rollout * (c.prompts_per_step // c.prompts_per_minibatch),
+            total_updates=updates,
             keep_reference=self.algorithm.needs_reference,
         )
         self.learner = Learner(
@@ -140,6 +143,9 @@ class Trainer:
             temperature=config.rollout.temperature,
             max_tokens=c.max_tokens_per_microbatch,
         )
+        self.critic = None
+        if self.algorithm.needs_critic:
+            self.critic = build_critic(config, groups, total_updates=updates)
         self.engine = build_engine(config, groups)
         score = partial(score_sequences, self.policy, max_tokens=c.max_tokens_per_microbatch)
         self.sync = WeightSync(self.policy.model, groups, self.engine, config.sync, score)
@@ -208,15 +214,22 @@ class Trainer:
         if not minibatches:
             log.warning("no sample of this step has a reward: no update (see the samples' reward_error)")
             return [], Sums()
-        return minibatches, self.learner.prepare(minibatches)
+        sums = self.learner.prepare(minibatches)
+        if self.critic is not None:
+            sums.merge(self.critic.prepare(minibatches))
+        return minibatches, sums
 
-    def update(self, minibatches: Sequence[MiniBatch], folder: RunFolder) -> Sums:
+    def update(self, minibatches: Sequence[MiniBatch], folder: RunFolder, step: int) -> Sums:
         sums = Sums()
         epochs = self.config.train.epochs_per_rollout
+        warming_up = self.critic is not None and step < self.critic.warmup_steps
         with self.console.phase("update", epochs * len(minibatches)) as bar:
             for _ in range(epochs):
                 for minibatch in minibatches:
-                    sums.merge(self.learner.update(minibatch, save_bad_batch_to=folder.path))
+                    if self.critic is not None:
+                        sums.merge(self.critic.update(minibatch))
+                    if not warming_up:
+                        sums.merge(self.learner.update(minibatch, save_bad_batch_to=folder.path))
                     bar.update()
         return sums
 

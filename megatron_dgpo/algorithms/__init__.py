@@ -16,6 +16,7 @@ from megatron_dgpo.algorithms.dgpo import Dgpo
 from megatron_dgpo.algorithms.dr_grpo import DrGrpo
 from megatron_dgpo.algorithms.grpo import Grpo
 from megatron_dgpo.algorithms.gspo import Gspo
+from megatron_dgpo.algorithms.ppo import Ppo
 from megatron_dgpo.algorithms.reinforce import Reinforce
 
 __all__ = ["ALGORITHMS", "Algorithm", "Metrics", "build_algorithm", "credit_weights", "group_advantages"]
@@ -28,6 +29,7 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "gspo": Gspo,
     "dr_grpo": DrGrpo,
     "reinforce": Reinforce,
+    "ppo": Ppo,
 }
 
 

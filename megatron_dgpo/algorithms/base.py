@@ -71,6 +71,9 @@ class Algorithm:
     Raises ValueError for settings out of range.
     """
 
+    needs_critic = False
+    """Whether token advantages come from a value model (`megatron_dgpo.critic`)."""
+
     def __init__(
         self,
         config: Settings,

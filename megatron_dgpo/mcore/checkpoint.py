@@ -6,6 +6,7 @@ disk; what a killed run leaves behind has another name and is removed by the nex
 
 from __future__ import annotations
 
+import dataclasses
 import faulthandler
 import json
 import logging
@@ -31,6 +32,7 @@ from megatron_dgpo.mcore.policy import Policy, inner_optimizers
 log = logging.getLogger(__name__)
 
 _STATE_FILE = "run_state.json"
+CRITIC_FOLDER = "critic"
 _REMEDY = "remove this folder to go on from the checkpoint before it"
 _SAVE_LIMIT_SECONDS = 1800
 
@@ -86,25 +88,17 @@ class CheckpointStore:
         scored = [c for c in self.list() if c.state.get("score") is not None]
         return max(scored, key=lambda c: (c.state["score"], c.step)) if scored else None
 
-    def save(self, policy: Policy, state: dict[str, Any]) -> Path:
-        """Write everything a resumed run needs; `state` (JSON) must hold "step"."""
+    def save(self, policy: Policy, state: dict[str, Any], critic: Policy | None = None) -> Path:
+        """Write everything a resumed run needs; `state` (JSON) must hold "step". A critic has a folder of its
+        own in the checkpoint's."""
         final = self.folder / f"step_{state['step']:08d}"
         partial = final.with_suffix(".partial")
         if self.groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        _barrier(self.groups)
-        with _time_limit(), platform.megatron_calls():
-            dist_checkpointing.save(
-                _sharded_state(policy, loading=False),
-                str(partial),
-                validate_access_integrity=True,
-                content_metadata=METADATA,
-            )
-        _barrier(self.groups)
-        files = digests(partial, self.groups)
+        _save(policy, partial)
+        if critic is not None:
+            _save(critic, partial / CRITIC_FOLDER)
         if self.groups.rank == 0:
-            write_digests(partial, files)
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
             flush_to_disk(partial, contents=True)
             shutil.rmtree(final, ignore_errors=True)
@@ -136,6 +130,25 @@ class CheckpointStore:
                 doomed = old.path.with_suffix(".partial")
                 old.path.rename(doomed)
                 shutil.rmtree(doomed)
+
+
+def _save(policy: Policy, folder: Path) -> None:
+    """Weights, optimizer, schedule and generators, and the digests of their files."""
+    groups = policy.groups
+    if groups.rank == 0:
+        folder.mkdir(parents=True)
+    _barrier(groups)
+    with _time_limit(), platform.megatron_calls():
+        dist_checkpointing.save(
+            _sharded_state(policy, loading=False),
+            str(folder),
+            validate_access_integrity=True,
+            content_metadata=METADATA,
+        )
+    _barrier(groups)
+    files = digests(folder, groups)
+    if groups.rank == 0:
+        write_digests(folder, files)
 
 
 @contextmanager
@@ -181,15 +194,24 @@ def _restore_rng(state: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
 
 
-def restore(policy: Policy, checkpoint: Checkpoint) -> None:
+def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None) -> None:
     """Load weights, optimizer, schedule and generators; the split may differ from the saved one.
 
     Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
     """
-    try:
-        check_files(checkpoint.path, policy.groups)
-    except ValueError as error:
-        raise ValueError(f"{error}; {_REMEDY}") from error
+    parts = [(policy, checkpoint.path)]
+    if critic is not None:
+        parts.append((critic, checkpoint.path / CRITIC_FOLDER))
+    for part, folder in parts:
+        try:
+            check_files(folder, part.groups)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{error}; {_REMEDY}") from error
+    for part, folder in parts:
+        _restore(part, dataclasses.replace(checkpoint, path=folder))
+
+
+def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
     with platform.megatron_calls():
         _accept_missing_step(policy)
         wanted = _sharded_state(policy, loading=True)

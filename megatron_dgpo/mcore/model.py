@@ -168,10 +168,11 @@ def build_model(
     params_dtype: torch.dtype,
     layer_spec: str = "auto",
     overrides: Mapping[str, Any] | None = None,
+    kind: type[PolicyModel] = PolicyModel,
 ) -> PolicyModel:
     """This rank's part of the model, on its device, without weights (load them by the name table)."""
     config = transformer_config(shape, parallel, params_dtype, overrides or {})
     with platform.megatron_calls():
-        model = PolicyModel(config, shape, layer_spec, pre=groups.is_first_stage, post=groups.is_last_stage)
+        model = kind(config, shape, layer_spec, pre=groups.is_first_stage, post=groups.is_last_stage)
         model.to(device=groups.device)
     return model.bfloat16() if params_dtype == torch.bfloat16 else model

@@ -71,14 +71,29 @@ def load_hf(model: PolicyModel, groups: platform.Groups, names: list[str], read:
     """
     table = name_table(model.shape)
     table.check_hf_names(names)
+    _fill(model, groups, local_entries(model, table), read)
+
+
+def load_trunk(
+    model: PolicyModel, groups: platform.Groups, folder: Path, names: list[str], read: TensorSource
+) -> None:
+    """Fill this rank's parameters but the head's from Hugging Face tensors of the folder's model; the head
+    keeps what it has. Raises what `load_hf` raises."""
+    table = name_table(ModelShape.from_folder(folder))
+    table.check_hf_names(names)
+    _fill(model, groups, local_entries(model, table, but=("output_layer.weight",)), read)
+
+
+@torch.no_grad()
+def _fill(
+    model: PolicyModel, groups: platform.Groups, entries: Iterator[tuple[Entry, Tensor]], read: TensorSource
+) -> None:
     padded = model.shape.padded_vocab_size(groups.tp.size())
-    with torch.no_grad():
-        for entry, parameter in local_entries(model, table):
-            tensors = [read(n) for n in entry.hf]
-            _check_tensors(entry, tensors, model.shape)
-            full = to_full(entry, tensors, model.shape, padded)
-            part = shard(entry, full, groups.tp.rank(), groups.tp.size())
-            parameter.copy_(part)
+    for entry, parameter in entries:
+        tensors = [read(n) for n in entry.hf]
+        _check_tensors(entry, tensors, model.shape)
+        full = to_full(entry, tensors, model.shape, padded)
+        parameter.copy_(shard(entry, full, groups.tp.rank(), groups.tp.size()))
 
 
 def _check_tensors(entry: Entry, tensors: list[Tensor], shape: ModelShape) -> None:

@@ -8,7 +8,7 @@ Both are collective: every rank of their groups must run them to the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,12 +41,15 @@ class _Item:
         return int(torch.Size(self.shape).numel())
 
 
-def local_entries(model: PolicyModel, table: NameTable) -> Iterator[tuple[Entry, Tensor]]:
-    """This stage's parameters with their table entries; KeyError on a parameter without one."""
+def local_entries(
+    model: PolicyModel, table: NameTable, *, but: Sequence[str] = ()
+) -> Iterator[tuple[Entry, Tensor]]:
+    """This stage's parameters, `but` some, with their table entries; KeyError on a parameter without one."""
     layers = getattr(model.decoder, "layers", [])
     first = layers[0].layer_number - 1 if len(layers) else 0
     for name, parameter in model.named_parameters():
-        yield table.from_megatron(global_name(name, first)), parameter
+        if name not in but:
+            yield table.from_megatron(global_name(name, first)), parameter
 
 
 def export_stream(

@@ -10,7 +10,8 @@ import torch
 from spawn import run_ranks
 from tiny import SPLITS, config, scored_groups, split, write_model
 
-from megatron_dgpo.config import DGPOConfig, GRPOConfig, OptimizerConfig
+from megatron_dgpo.config import OptimizerConfig
+from megatron_dgpo.config.algorithms import DGPOConfig, GRPOConfig
 
 ALGORITHMS = {
     "rollout": DGPOConfig(credit_timing="rollout"),

@@ -27,15 +27,8 @@ from tiny import (
     write_perturbed,
 )
 
-from megatron_dgpo.config import (
-    DAPOConfig,
-    DGPOConfig,
-    GRPOConfig,
-    GSPOConfig,
-    OptimizerConfig,
-    ReinforceConfig,
-    SFTConfig,
-)
+from megatron_dgpo.config import OptimizerConfig, SFTConfig
+from megatron_dgpo.config.algorithms import DAPOConfig, DGPOConfig, GRPOConfig, GSPOConfig, ReinforceConfig
 
 TEMPERATURE, TAU, KAPPA, CLIP_LOW, CLIP_HIGH = 0.8, 0.03, 0.5, 0.2, 0.28
 EPS = 1e-6

@@ -11,7 +11,7 @@ from memory import measured
 from spawn import run_ranks
 from tiny import config, split, write_model
 
-from megatron_dgpo.config import DGPOConfig
+from megatron_dgpo.config.algorithms import DGPOConfig
 from megatron_dgpo.types import Group, Prompt, Sample
 
 CASES = [(16384, False), (65536, False), (65536, True)]

@@ -381,7 +381,7 @@ def test_what_is_missing_is_named():
     batch.features = grpo().rollout_features(stats, batch)
     with pytest.raises(ValueError, match="credit_timing='update' needs the reference"):
         dgpo(credit_timing="update").loss(stats, batch)
-    for change in ({"name": "ppo"}, {"distance": "euclid"}, {"credit_timing": "never"}):
+    for change in ({"name": "ppi"}, {"distance": "euclid"}, {"credit_timing": "never"}):
         ((key, value),) = change.items()
         with pytest.raises(ValueError, match=f"{key}='{value}': choose one of"):
             dgpo(**change)

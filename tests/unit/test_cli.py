@@ -179,7 +179,7 @@ def test_help_names_every_key_once(schema: Any, flag: str, capsys: pytest.Captur
 def test_help_shows_type_and_default_of_what_it_names() -> None:
     text = help_text(Config)
     for line in (
-        "--algorithm.name  <dgpo | grpo | dapo | dapo_dgpo | gspo | dr_grpo | reinforce | text>",
+        "--algorithm.name  <dgpo | grpo | dapo | dapo_dgpo | gspo | dr_grpo | reinforce | ppo | text>",
         "--algorithm.tau  <number | auto>  (1.0)",
         "--algorithm.kl_coef  <number>  (0.0)",
         "--train.steps  <integer>  (required)",

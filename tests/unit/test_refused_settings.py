@@ -71,7 +71,7 @@ SETTINGS = {
     ),
     "value as section": Case(["--run.seed.x", 1], "run.seed: {'x': 1} is not an integer"),
     "section as value": Case(["--run", 1], "run: 1 is not a table"),
-    "algorithm": Case(["--algorithm.name", "ppo"], "algorithm.name: 'ppo' is not one of dgpo, grpo, "),
+    "algorithm": Case(["--algorithm.name", "ppi"], "algorithm.name: 'ppi' is not one of dgpo, grpo, "),
     "algorithm by path": Case(["--algorithm.name", "mine:"], "algorithm.name: 'mine:'"),
     "tau without credit": Case(
         ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],

@@ -31,7 +31,8 @@ from transformers import Qwen2Config
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.cli import validate
-from megatron_dgpo.config import Config, DGPOConfig, GRPOConfig
+from megatron_dgpo.config import Config
+from megatron_dgpo.config.algorithms import DGPOConfig, GRPOConfig
 from megatron_dgpo.learner import Learner
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.run import build_policy
