@@ -21,8 +21,10 @@ from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoTokenizer
 
+from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, validate
+from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
@@ -40,7 +42,9 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
 
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
-    return load_or_exit(argv, schema, extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward))
+    return load_or_exit(
+        argv, schema, extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm)
+    )
 
 
 def _megatron_fields(config: AnyConfig) -> Iterator[str]:
@@ -123,6 +127,16 @@ def _layer_spec(config: AnyConfig) -> Iterator[str]:
             "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
             "'auto' and 'torch' do without"
         )
+
+
+def _algorithm(config: AnyConfig) -> Iterator[str]:
+    """One of the user's own is imported, and says itself what is wrong with its settings."""
+    if not isinstance(config, Config) or ":" not in config.algorithm.name:
+        return
+    try:
+        build_algorithm(config.algorithm, vocab_size=2, max_response_tokens=1)
+    except ValueError as error:
+        yield f"algorithm.name: {config.algorithm.name}: {error}"
 
 
 MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)

@@ -56,7 +56,7 @@ def _imported(path: str) -> type[Algorithm]:
     try:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
-        raise ValueError(f"algorithm.name={path!r}: {error}") from error
+        raise ValueError(f"it cannot be imported ({error})") from error
     if not (isinstance(found, type) and issubclass(found, Algorithm)):
-        raise ValueError(f"algorithm.name={path!r}: {name!r} in {module} is not a subclass of Algorithm")
+        raise ValueError(f"{name!r} in {module} is not a subclass of Algorithm")
     return found

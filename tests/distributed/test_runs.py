@@ -152,6 +152,32 @@ def test_sigterm_saves_and_resume_completes_the_run(shop: Workshop, whole: Launc
     assert shop.rows("stopped") == shop.rows("whole")
 
 
+def test_ppo_goes_on_with_its_critic(shop: Workshop) -> None:
+    """The first step trains the value model alone, so that a resumed run shows what its optimizer holds."""
+    ppo = ("--algorithm.name", "ppo", "--algorithm.critic_lr", 1e-3, "--algorithm.critic_warmup_steps", 1)
+    shop.launch("ppo", *ppo).succeed()
+    rows = [row for row in shop.rows("ppo") if row["phase"] == "train"]
+    assert "loss" not in rows[0] and all("loss" in row for row in rows[1:])
+    assert rows[0]["value"] == 0.0 and rows[-1]["value"] > 0.0
+    run = shop.launch("ppo_stopped", *ppo, "--checkpoint.every", 0)
+    run.wait_until(lambda: steps_done(shop.folder / "ppo_stopped") >= 2)
+    run.terminate_workers()
+    run.succeed()
+    assert 2 <= steps_done(shop.folder / "ppo_stopped") < STEPS
+    shop.launch("ppo_stopped", *ppo, "--resume", "--checkpoint.every", 0).succeed()
+    assert shop.rows("ppo_stopped") == shop.rows("ppo")
+
+
+def test_an_algorithm_of_the_users_own(shop: Workshop) -> None:
+    recipe = ROOT / "examples" / "custom_algorithm" / "algorithm.toml"
+    shop.launch("cispo", recipe, "--train.steps", 3).succeed()
+    rows = [row for row in shop.rows("cispo") if row["phase"] == "train"]
+    assert len(rows) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    # At the reference there is no distance; then tau is such that credit is as concentrated as asked for.
+    fractions = [row["credit_effective_fraction"] for row in rows]
+    assert fractions[0] == 1.0 and fractions[1:] == pytest.approx([0.9, 0.9], abs=1e-5)
+
+
 def test_a_dead_rank_ends_the_run(shop: Workshop) -> None:
     run = shop.launch("dead")
     run.wait_until(lambda: steps_done(shop.folder / "dead") >= 1)

@@ -17,6 +17,7 @@ from megatron_dgpo.config import Config, SFTConfig
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(path for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__")
+QUICKSTART = EXAMPLES / "quickstart"
 FILES = sorted(EXAMPLES.rglob("*.toml"))
 
 
@@ -47,14 +48,15 @@ def test_every_file_loads(file: Path) -> None:
     schema = schema_of(file)
     raw = tomllib.loads(file.read_text())
     # One without a model is a layer, which goes on top of the recipe's own.
-    layers = [file] if "model" in raw else [file.with_name("dgpo.toml"), file]
+    recipe = file.with_name("dgpo.toml")
+    layers = [file] if "model" in raw else [recipe if recipe.exists() else QUICKSTART / "dgpo.toml", file]
     composed, problems = compose([str(layer) for layer in layers], schema)
     assert not problems
     validate(composed, schema)
     known = {key for key, *_ in keys(schema)}
     passed_through = (
         *("model.transformer.", "optimizer.megatron.", "ddp."),
-        "rollout.sglang.launch.args.",
+        *("rollout.sglang.launch.args.", "algorithm.options."),
     )
     assert [k for k in leaves(raw) if k not in known and not k.startswith(passed_through)] == []
 

@@ -73,6 +73,17 @@ SETTINGS = {
     "section as value": Case(["--run", 1], "run: 1 is not a table"),
     "algorithm": Case(["--algorithm.name", "ppi"], "algorithm.name: 'ppi' is not one of dgpo, grpo, "),
     "algorithm by path": Case(["--algorithm.name", "mine:"], "algorithm.name: 'mine:'"),
+    "algorithm that is not there": Case(
+        ["--algorithm.name", "no.such:Thing"],
+        "algorithm.name: no.such:Thing: it cannot be imported (No module named 'no')",
+    ),
+    "algorithm's own setting": Case(
+        [
+            *("--algorithm.name", "examples.custom_algorithm.cispo:Cispo"),
+            *("--algorithm.options", "{ratio_cap = 0.5}"),
+        ],
+        "algorithm.name: examples.custom_algorithm.cispo:Cispo: options.ratio_cap: 0.5 must be at least 1",
+    ),
     "tau without credit": Case(
         ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],
         "algorithm.tau: 0.5 has no effect with algorithm.credit = 'uniform'",
