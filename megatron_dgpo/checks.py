@@ -18,14 +18,13 @@ from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig
 AnyConfig = Config | SFTConfig
 
 
+class Absent(str):
+    """A problem that a machine with the files would not have: a dry run only notes it."""
+
+
 def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     """All problems; `world_size` None means as many processes as one replica takes."""
-    parallel = config.parallel
-    replica = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    replica = replica_size(config)
     world_size = replica if world_size is None else world_size
     problems = [*_parallel(config, world_size, replica), *_files(config)]
     if world_size % replica == 0:
@@ -36,6 +35,12 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     if isinstance(config, Config):
         problems += _policies(config)
     return problems
+
+
+def replica_size(config: AnyConfig) -> int:
+    """Processes of one replica."""
+    p = config.parallel
+    return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
 
 
 def _parallel(config: AnyConfig, world_size: int, replica: int) -> Iterator[str]:
@@ -116,7 +121,7 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
     if not managed:
         return
     if not launch.python.is_file():
-        yield (
+        yield Absent(
             f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it, or name "
             "the interpreter of an environment that has SGLang"
         )
@@ -193,7 +198,7 @@ def _files(config: AnyConfig) -> Iterator[str]:
     for key, paths in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
         for path in paths:
             if not path.is_file():
-                yield f"{key}: {path} is not a file"
+                yield Absent(f"{key}: {path} is not a file")
             elif path.suffix not in (".jsonl", ".parquet"):
                 yield f"{key}: {path} is neither .jsonl nor .parquet"
     if not config.data.train:
@@ -207,7 +212,7 @@ def _model(config: AnyConfig) -> Iterator[str]:
         yield f"model.path: {hf}"
         return
     if config.model.init == "weights" and not _has_weights(folder):
-        yield f"model.path: {folder} has no safetensors (model.init = 'random' starts without)"
+        yield Absent(f"model.path: {folder} has no safetensors (model.init = 'random' starts without)")
     if missing := missing_number(hf):
         yield f"model.path: {folder / 'config.json'} has no whole number {missing}"
         return
@@ -278,7 +283,8 @@ def _stages(transformer: dict[str, Any], layers: int, pp: int) -> Iterator[str]:
 def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
     tokenizer = read_json(folder / "tokenizer.json")
     if isinstance(tokenizer, str):
-        yield f"model.path: {tokenizer}"
+        absent = not (folder / "tokenizer.json").exists()
+        yield (Absent if absent else str)(f"model.path: {tokenizer}")
         return
     highest = max(_token_ids(tokenizer), default=-1)
     if highest >= vocab_size:

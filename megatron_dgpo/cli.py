@@ -22,9 +22,10 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_dgpo.checks import check_all
+from megatron_dgpo.checks import Absent, check_all, read_json, replica_size
 from megatron_dgpo.config import Config, SFTConfig
 from megatron_dgpo.config.algorithms import PRESETS
+from megatron_dgpo.plan import plan
 
 C = TypeVar("C", Config, SFTConfig)
 SHORT_NAMES = {"resume": "run.resume"}
@@ -51,7 +52,8 @@ def load(
 ) -> C:
     """The config of a command line, validated and cross-checked.
 
-    `--help` and `--dry-run` print and raise SystemExit(0); a dry run makes every check first.
+    `--help` and `--dry-run` print and raise SystemExit(0); a dry run makes every check first, but forgives
+    files that are not there.
 
     Raises:
         ConfigError: with all problems that were found.
@@ -71,13 +73,25 @@ def load(
     # Where both complain of one key, the caller's check knows more.
     told = {p.partition(": ")[0] for p in problems}
     problems += [p for p in check_all(config, world_size) if p.partition(": ")[0] not in told]
-    if problems:
-        raise ConfigError(problems)
+    absent = [p for p in problems if dry_run and isinstance(p, Absent)]
+    if len(problems) > len(absent):
+        raise ConfigError([p for p in problems if p not in absent])
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
-            print(dump_toml(config))
+            _print_dry_run(config, world_size, absent)
         raise SystemExit(0)
     return config
+
+
+def _print_dry_run(config: BaseModel, world_size: int | None, absent: Sequence[str]) -> None:
+    """The resolved config, and as comments of it the plan and what is not there yet."""
+    print(dump_toml(config))
+    if isinstance(config, Config):
+        hf = read_json(config.model.path / "config.json")
+        for line in plan(config, world_size or replica_size(config), hf if isinstance(hf, dict) else None):
+            print(f"# {line}")
+    for problem in absent:
+        print(f"# not there yet: {problem}")
 
 
 def load_or_exit(argv: Sequence[str], schema: type[C], *, extra_checks: Sequence[ExtraCheck] = ()) -> C:
@@ -317,7 +331,8 @@ def help_text(schema: type[BaseModel]) -> str:
         "",
         "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
         "--resume goes on from the last checkpoint in run.folder (short for --run.resume).",
-        "--dry-run makes every check, prints the resolved config and stops.",
+        "--dry-run makes every check, prints the resolved config and the plan, and stops. WORLD_SIZE=N in",
+        "the environment stands for N processes; weights, tokenizer and data need not be there.",
     ]
     section = ""
     for key, kind, default, text in keys(schema):

@@ -22,7 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "config": set(),
     "checks": {"config"},
-    "cli": {"config", "checks"},
+    "plan": {"config"},
+    "cli": {"config", "checks", "plan"},
     "platform": set(),
     "ops": {"platform", "types"},
     "algorithms": {"ops", "types", "config"},
@@ -42,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import."""
-PURE = {"types", "config", "checks", "cli", "weights.names", "mcore.hf_config"}
+PURE = {"types", "config", "checks", "plan", "cli", "weights.names", "mcore.hf_config"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore", "entry"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")
