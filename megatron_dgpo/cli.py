@@ -311,7 +311,8 @@ def _type_name(annotation: Any) -> str:
     if typing.get_origin(annotation) is typing.Literal:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) is tuple:
-        return "list of paths"
+        of = typing.get_args(annotation)[0]
+        return "list of tables" if _models_in(of) else f"list of {_type_name(of)}s"
     if typing.get_origin(annotation) is dict:
         return "table"
     if typing.get_origin(annotation) is typing.Annotated:

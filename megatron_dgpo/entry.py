@@ -31,7 +31,7 @@ from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
 from megatron_dgpo.mcore.layers import have_transformer_engine
 from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS
 from megatron_dgpo.mcore.policy import OWNED_DDP_FIELDS, OWNED_OPTIMIZER_FIELDS
-from megatron_dgpo.rewards import reward_names
+from megatron_dgpo.rewards import build_reward, build_term, reward_names
 from megatron_dgpo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -144,10 +144,31 @@ MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)
 
 
 def _reward(config: AnyConfig) -> Iterator[str]:
-    if config.reward.name not in reward_names():
-        yield f"reward.name: {config.reward.name!r} is not one of {', '.join(reward_names())}"
-    elif config.reward.name == "math_verify" and importlib.util.find_spec("math_verify") is None:
+    c = config.reward
+    if ":" in c.name:
+        try:
+            build_reward(c.name)
+        except ValueError as error:
+            yield f"reward.name: {c.name}: {error}"
+    elif c.name not in reward_names():
+        yield (
+            f"reward.name: {c.name!r} is not one of {', '.join(reward_names())}, or 'package.module:function'"
+        )
+    elif c.name == "math_verify" and importlib.util.find_spec("math_verify") is None:
         yield "reward.name: 'math_verify' needs the package math-verify"
+    if isinstance(config, Config):
+        yield from _reward_terms(config)
+
+
+def _reward_terms(config: Config) -> Iterator[str]:
+    terms = config.reward.terms
+    for k, term in enumerate(terms):
+        try:
+            build_term(term, max_new_tokens=config.rollout.max_new_tokens)
+        except ValueError as error:
+            yield f"reward.terms.{k}: {term.name}: {error}"
+        if term.name in [t.name for t in terms[:k]]:
+            yield f"reward.terms.{k}: {term.name} occurs twice"
 
 
 # --- input files and folder -------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.observe.console import Console, set_up_logging
 from megatron_dgpo.observe.meters import PhaseTimer, Sums
 from megatron_dgpo.observe.samples import SampleWriter
-from megatron_dgpo.rewards import build_reward
+from megatron_dgpo.rewards import Combined, build_reward, build_term
 from megatron_dgpo.rollout.engine import SamplingParams
 from megatron_dgpo.rollout.policies import Rollout, Rollouts, prompts_per_draw
 from megatron_dgpo.run import (
@@ -154,11 +154,16 @@ class Trainer:
             timeout_seconds=config.reward.timeout_seconds,
             num_workers=config.reward.num_workers,
         )
+        terms = [
+            (t.name, t.weight, build_term(t, max_new_tokens=config.rollout.max_new_tokens))
+            for t in config.reward.terms
+        ]
+        scored = Combined(self.reward, terms) if terms else self.reward
         self.rollouts = Rollouts(
             config,
             groups,
             self.engine,
-            self.reward.score,
+            scored.score,
             prompts_of=lambda draw: [self.prompts[i] for i in self.cursor.indices(draw)],
             params_of=self.sampling,
             recover=self.sync.recover,
@@ -284,6 +289,9 @@ def rollout_sums(groups: Sequence[Group], replicas: int) -> Sums:
     samples = [s for g in groups for s in g.samples]
     scored = [s.reward for s in samples if s.reward is not None]
     sums.add("reward", sum(scored), len(scored))
+    for name in sorted({name for s in samples for name in s.reward_parts}):
+        parts = [s.reward_parts[name] for s in samples if name in s.reward_parts]
+        sums.add(f"reward/{name}", sum(parts), len(parts))
     sums.add("reward_failed", len(samples) - len(scored), len(samples))
     sums.add("response_length", sum(len(s.token_ids) for s in samples), len(samples))
     sums.add("response_tokens", sum(len(s.token_ids) for s in samples), 1 / replicas)

@@ -171,14 +171,51 @@ class SyncConfig(Section):
 
 class ScoringConfig(Section):
     name: str
-    """A registered reward: hash_answer, math_verify, exact_match."""
+    """A registered reward (hash_answer, math_verify, exact_match, multiple_choice), or
+    "package.module:function" of your own."""
     timeout_seconds: Positive = 10.0
-    """math_verify: a response that takes longer has failed, which is not the same as wrong."""
+    """A response that takes longer to score has failed, which is not the same as wrong (math_verify,
+    yours)."""
     num_workers: PositiveInt = 1
-    """math_verify: scoring processes a rank."""
+    """Scoring processes a rank (math_verify, yours)."""
+
+
+class FormatTerm(Section):
+    name: Literal["format"]
+    """Adds the weight where the text matches."""
+    weight: float = 0.1
+    """What a match is worth."""
+    pattern: str
+    """A regular expression, searched for in the response."""
+
+
+class LengthTerm(Section):
+    name: Literal["length"]
+    """Takes off up to the weight for long responses."""
+    weight: float = 0.1
+    """What the longest lose."""
+    free_tokens: Count
+    """Responses of up to so many tokens lose nothing."""
+    max_tokens: PositiveInt
+    """Those of so many lose the whole weight; in between a straight line."""
+
+
+class OverlongTerm(Section):
+    name: Literal["overlong"]
+    """DAPO's soft overlong punishment (Eq. 13, arXiv 2503.14476)."""
+    weight: float = 1.0
+    """What a response that is cut at rollout.max_new_tokens loses."""
+    buffer_tokens: Count = 0
+    """The punishment begins so many tokens before; 0: a fifth of rollout.max_new_tokens."""
+
+
+RewardTerm = Annotated[FormatTerm | LengthTerm | OverlongTerm, Field(discriminator="name")]
 
 
 class RewardConfig(ScoringConfig):
+    terms: Annotated[tuple[RewardTerm, ...], Field(strict=False)] = ()
+    """Tables {name = "format" | "length" | "overlong", weight, ...} that are added to the reward for the
+    answer; evaluations leave them out."""
     shuffle: bool = False
     """Negative control: deal the rewards of a step to its samples at random."""
 
@@ -304,7 +341,7 @@ class SFTCheckpointConfig(CheckpointConfig):
 
 class SFTRewardConfig(ScoringConfig):
     name: str = "exact_match"
-    """A registered reward: hash_answer, math_verify, exact_match."""
+    """See RewardConfig."""
 
 
 class SFTObserveConfig(SinksConfig):

@@ -160,6 +160,7 @@ AlgorithmConfig = Annotated[
 ]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    name: {"rollout": {"dynamic_sampling": True}} for name in ("dapo", "dapo_dgpo")
+    name: {"rollout": {"dynamic_sampling": True}, "reward": {"terms": [{"name": "overlong"}]}}
+    for name in ("dapo", "dapo_dgpo")
 }
 """Defaults that an algorithm brings for other sections."""

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from megatron_dgpo.rewards import exact, math_equivalence  # noqa: F401 - enter their rewards below
 from megatron_dgpo.rewards.base import Outcome, Reward, build_reward, register, reward_names
+from megatron_dgpo.rewards.terms import Combined, build_term
 
-__all__ = ["Outcome", "Reward", "build_reward", "canonical_answer", "register", "reward_names"]
+__all__ = [
+    "Combined",
+    "Outcome",
+    "Reward",
+    "build_reward",
+    "build_term",
+    "canonical_answer",
+    "register",
+    "reward_names",
+]
 
 
 def canonical_answer(name: str, text: str) -> str | None:

@@ -87,13 +87,17 @@ def reward_names() -> list[str]:
 
 
 def build_reward(name: str, *, timeout_seconds: float = 10.0, num_workers: int = 0, **options: Any) -> Reward:
-    """The reward called `name`.
+    """The reward called `name`, or the function at "package.module:function".
 
     A response that takes longer than `timeout_seconds` in one of the `num_workers` processes counts as
     failed; with no workers scoring runs in the calling process and cannot be timed out.
 
     Raises ValueError for an unknown name or option.
     """
+    if ":" in name:
+        from megatron_dgpo.rewards.user import UserReward
+
+        return UserReward(name, timeout_seconds=timeout_seconds, num_workers=num_workers, **options)
     if name not in _registry:
         raise ValueError(f"unknown reward {name!r}, expected one of {reward_names()}")
     try:

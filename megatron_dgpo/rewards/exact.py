@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
-from megatron_dgpo.rewards.answers import gold_answer
+from megatron_dgpo.rewards.answers import explicit_answer, gold_answer, strip_wrapping
 from megatron_dgpo.rewards.base import Outcome, Reward, register
 from megatron_dgpo.types import Sample
 
@@ -43,3 +44,41 @@ class HashAnswer(Reward):
 
     def canonical_answer(self, text: str) -> str | None:
         return text.rpartition("#")[2] or None if "#" in text else None
+
+
+LETTER = re.compile(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])(?:\)|\.|:|\}|\s|$)")
+IN_BRACKETS = re.compile(r"\(([A-Z])\)")
+
+
+@register("multiple_choice")
+class MultipleChoice(Reward):
+    """1 where the response chooses the gold letter, else 0.
+
+    The choice is the letter at the start of what the last ``\boxed{}``, ``####`` or line ``Answer:``
+    announces, such as C, (c) or "C. seven"; without any of these, the last capital in brackets of a
+    response that ended by itself. A gold answer that is not one letter fails the sample.
+    """
+
+    def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        return [self._outcome(sample) for sample in samples]
+
+    def _outcome(self, sample: Sample) -> Outcome:
+        gold = _letter(gold_answer(sample.prompt.answer))
+        if gold is None:
+            return Outcome(error=f"the gold answer {sample.prompt.answer[-100:]!r} is no letter")
+        announced = explicit_answer(sample.text)
+        finished = sample.finish_reason == "stop"
+        answer = self.canonical_answer(sample.text) if announced is not None or finished else None
+        return Outcome(float(answer == gold), {"answered": float(answer is not None)})
+
+    def canonical_answer(self, text: str) -> str | None:
+        announced = explicit_answer(text)
+        if announced is not None:
+            return _letter(announced)
+        found = IN_BRACKETS.findall(text)
+        return found[-1] if found else None
+
+
+def _letter(answer: str) -> str | None:
+    match = LETTER.match(strip_wrapping(answer))
+    return match[1].upper() if match else None

@@ -39,12 +39,13 @@ def verdict(group: Group, *, need_variance: bool) -> Verdict:
         return Verdict.UNFINISHED
     if not need_variance:
         return Verdict.USABLE
-    rewards = {s.reward for s in group.samples if s.reward is not None}
+    # Of a reward with terms, what the answer got: lengths differ in every group.
+    rewards = {s.reward_parts.get("correct", s.reward) for s in group.samples if s.reward is not None}
     if not rewards:
         return Verdict.NO_REWARD
     if len(rewards) > 1:
         return Verdict.USABLE
-    return Verdict.ALL_RIGHT if rewards.pop() > 0 else Verdict.ALL_WRONG
+    return Verdict.ALL_RIGHT if (rewards.pop() or 0.0) > 0 else Verdict.ALL_WRONG
 
 
 @dataclass

@@ -1,0 +1,113 @@
+"""A reward function of the user's own, by import path."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_dgpo.rewards.answers import canonical, final_answer
+from megatron_dgpo.rewards.base import Outcome, Reward
+from megatron_dgpo.rewards.pool import ProcessPool
+from megatron_dgpo.types import Sample
+
+TASK = "megatron_dgpo.rewards.user:call"
+
+
+class UserReward(Reward):
+    """What `function(text, gold, finish_reason=..., metadata=...)` says of a response: a number, or a dict
+    with "reward" and other numbers, which become parts.
+
+    A plain function runs in worker processes where there are any, which end it when it takes too long; a
+    coroutine runs in this process, all responses at once, each with the same time limit. An exception, a
+    time-out or a value that is not a finite number fails the response.
+
+    Raises ValueError for a path that cannot be imported.
+    """
+
+    def __init__(self, path: str, *, timeout_seconds: float = 10.0, num_workers: int = 0) -> None:
+        super().__init__(timeout_seconds=timeout_seconds, num_workers=num_workers)
+        self._path = path
+        self._function = imported(path)
+        self._is_async = inspect.iscoroutinefunction(self._function)
+        pooled = num_workers and not self._is_async
+        self._pool = ProcessPool(TASK, num_workers, timeout_seconds) if pooled else None
+
+    def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
+        calls = [
+            {
+                "path": self._path,
+                "text": s.text,
+                "gold": s.prompt.answer,
+                "finish_reason": s.finish_reason,
+                "metadata": s.prompt.metadata,
+            }
+            for s in samples
+        ]
+        results: Sequence[dict[str, Any] | str]
+        if self._is_async:
+            results = asyncio.run(self._all(calls))
+        elif self._pool is not None:
+            results = self._pool.map(calls)
+        else:
+            results = [_here(one) for one in calls]
+        return [Outcome(error=r) if isinstance(r, str) else Outcome(r["value"], r["parts"]) for r in results]
+
+    async def _all(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
+        return await asyncio.gather(*map(self._one, calls))
+
+    async def _one(self, given: dict[str, Any]) -> dict[str, Any] | str:
+        arguments = {k: v for k, v in given.items() if k not in ("path", "text", "gold")}
+        try:
+            waiting = self._function(given["text"], given["gold"], **arguments)
+            return checked(await asyncio.wait_for(waiting, self.timeout_seconds))
+        except TimeoutError:
+            return f"timed out after {self.timeout_seconds:g} s"
+        except Exception as error:  # whatever the user's function raises is a failure of this one response
+            return f"{type(error).__name__}: {error}"
+
+    def canonical_answer(self, text: str) -> str | None:
+        answer = final_answer(text)
+        return None if answer is None else canonical(answer) or None
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function at "package.module:function". Raises ValueError saying why there is none."""
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"it cannot be imported ({error})") from error
+    if not callable(found):
+        raise ValueError(f"{module} has no function {name!r}")
+    return found
+
+
+def call(*, path: str, text: str, gold: str, finish_reason: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Score one response: {"value": ..., "parts": ...}. Raises what the function raises."""
+    return checked(imported(path)(text, gold, finish_reason=finish_reason, metadata=metadata))
+
+
+def _here(given: dict[str, Any]) -> dict[str, Any] | str:
+    try:
+        return call(**given)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def checked(result: Any) -> dict[str, Any]:
+    """{"value", "parts"} of what a function returned. Raises ValueError for anything but finite numbers."""
+    given = dict(result) if isinstance(result, dict) else {"reward": result}
+    if "reward" not in given:
+        raise ValueError(f"the function returned {sorted(given)} and no 'reward'")
+    for name, value in given.items():
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}, not a finite number")
+    return {"value": float(given.pop("reward")), "parts": {k: float(v) for k, v in given.items()}}

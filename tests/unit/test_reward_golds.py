@@ -1,0 +1,107 @@
+"""math_verify over real gold answers: each verifies as itself, and none as a neighbour of itself; hostile
+responses time out without a trace."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from test_rewards import sample
+
+from megatron_dgpo.rewards import Reward, build_reward
+from megatron_dgpo.rewards.answers import gold_answer
+
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+AIME, GSM8K = DATA / "aime-2024.parquet", DATA / "gsm8k_test.jsonl"
+needs_data = pytest.mark.skipif(
+    not (AIME.is_file() and GSM8K.is_file()), reason=f"no AIME and GSM8K in {DATA}"
+)
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[Reward]:
+    with build_reward("math_verify", num_workers=2, timeout_seconds=20.0) as made:
+        yield made
+
+
+def golds() -> list[str]:
+    gsm8k = [json.loads(line)["answer"] for line in GSM8K.read_text().splitlines()]
+    rows = pq.read_table(AIME, columns=["prompt", "reward_model"]).to_pylist()
+    aime = {row["prompt"][0]["content"]: row["reward_model"]["ground_truth"] for row in rows}
+    assert (len(gsm8k), len(aime)) == (1319, 30)
+    return [*gsm8k, *aime.values()]
+
+
+def neighbours(gold: str) -> set[str]:
+    """Other answers that are easily mistaken for this number. (Not the number as a percentage: where that is
+    asked for, data sets leave the sign out, and math-verify takes both.)"""
+    number = gold.replace(",", "")
+    if not re.fullmatch(r"-?\d+(\.\d+)?", number):
+        return set()
+    value = Fraction(number)
+    near = {str(value + 1), str(value - 1), str(-value), str(value * 10), str(value / 10)}
+    near |= {f"\\frac{{{number}}}{{2}}", f"\\frac{{1}}{{{number}}}", number[:-1], number[1:], f"{number}1"}
+    return {n for n in near if n not in ("", "-", ".") and not same(n, value)}
+
+
+def same(text: str, value: Fraction) -> bool:
+    fraction = re.fullmatch(r"\\frac\{(.*)\}\{(.*)\}", text)
+    try:
+        if fraction:
+            return Fraction(fraction[1]) / Fraction(fraction[2]) == value
+        return Fraction(text) == value
+    except (ValueError, ZeroDivisionError):
+        return True  # no number: nothing to say
+
+
+@needs_data
+def test_every_gold_answer_verifies_as_itself(reward: Reward) -> None:
+    samples = [sample(f"so it is \\boxed{{{gold_answer(g)}}}", g) for g in golds()]
+    samples += [sample(f"Answer: {gold_answer(g)}", g) for g in golds()[::10]]
+    reward.score(samples)
+    assert [(s.text, s.reward, s.reward_error) for s in samples if s.reward != 1.0] == []
+
+
+@needs_data
+def test_no_gold_answer_verifies_as_a_neighbour(reward: Reward) -> None:
+    answers = [gold_answer(g) for g in golds()]
+    pairs = [(other, gold) for gold in (*answers[:1319:40], *answers[1319:]) for other in neighbours(gold)]
+    assert len(pairs) >= 200
+    samples = [sample(f"so it is \\boxed{{{other}}}", gold) for other, gold in pairs]
+    reward.score(samples)
+    assert [(s.text, s.prompt.answer, s.reward_error) for s in samples if s.reward != 0.0] == []
+
+
+def test_hostile_responses_time_out_and_leave_nothing_behind() -> None:
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    hostile = [
+        "\\boxed{" + "{" * 10_000 + "1" + "}" * 10_000 + "}",
+        "\\boxed{(1e9)^{(1e9)}}",
+        "\\boxed{9^{9^{9^{9}}}}",
+        "\\boxed{" + "(" * 400 + "x+1" + ")^2" * 400 + "}",
+        "\\boxed{\\sqrt[97]{" + "123456789" * 40 + "}}",
+    ]
+    fine = [sample("\\boxed{5}", "5"), sample("\\boxed{6}", "5")]
+    with build_reward("math_verify", num_workers=2, timeout_seconds=3.0) as reward:
+        reward.score(fine)  # workers are warm
+        samples = [fine[0], *(sample(text, "5") for text in hostile), fine[1]]
+        started = time.monotonic()
+        reward.score(samples)
+        seconds = time.monotonic() - started
+        workers = {p.pid for p in psutil.Process().children(recursive=True)} - before
+        assert 1 <= len(workers) <= 2  # one that was ended is replaced when it is needed
+    # Never right, and never more than its time each, with some to start a new worker after it.
+    assert all(s.reward in (0.0, None) for s in samples[1:-1])
+    assert all(s.reward_error for s in samples[1:-1] if s.reward is None)
+    braces, _, tower, *_ = samples[1:-1]
+    assert all("timed out after 3 s" in str(s.reward_error) for s in (braces, tower))
+    assert (fine[0].reward, fine[1].reward) == (1.0, 0.0)
+    assert seconds < 60
+    assert not {p.pid for p in psutil.Process().children(recursive=True)} - before
