@@ -16,7 +16,7 @@ from megatron_dgpo.rewards.answers import (
     strip_wrapping,
 )
 from megatron_dgpo.rewards.base import Outcome, Reward, register
-from megatron_dgpo.rewards.pool import ProcessPool
+from megatron_dgpo.rewards.pool import ProcessPool, call_here
 from megatron_dgpo.types import Sample
 
 TASK = "megatron_dgpo.rewards.math_equivalence:score_response"
@@ -48,7 +48,7 @@ class MathVerify(Reward):
         if self._pool is not None:
             results = self._pool.map(calls)
         else:
-            results = [_score_here(call) for call in calls]
+            results = call_here(score_response, calls)
         return [
             Outcome(error=result) if isinstance(result, str) else Outcome(result["value"], result["parts"])
             for result in results
@@ -61,13 +61,6 @@ class MathVerify(Reward):
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()
-
-
-def _score_here(call: dict[str, Any]) -> dict[str, Any] | str:
-    try:
-        return score_response(**call)
-    except Exception as error:  # whatever math-verify raises is a failure of this one response
-        return f"{type(error).__name__}: {error}"
 
 
 def score_response(*, text: str, gold: str, finished: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_dgpo.rewards.answers import canonical, final_answer
 from megatron_dgpo.rewards.base import Outcome, Reward
-from megatron_dgpo.rewards.pool import ProcessPool
+from megatron_dgpo.rewards.pool import ProcessPool, call_here
 from megatron_dgpo.types import Sample
 
 TASK = "megatron_dgpo.rewards.user:call"
@@ -53,7 +53,7 @@ class UserReward(Reward):
         elif self._pool is not None:
             results = self._pool.map(calls)
         else:
-            results = [_here(one) for one in calls]
+            results = call_here(call, calls)
         return [Outcome(error=r) if isinstance(r, str) else Outcome(r["value"], r["parts"]) for r in results]
 
     async def _all(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
@@ -93,13 +93,6 @@ def imported(path: str) -> Callable[..., Any]:
 def call(*, path: str, text: str, gold: str, finish_reason: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """Score one response: {"value": ..., "parts": ...}. Raises what the function raises."""
     return checked(imported(path)(text, gold, finish_reason=finish_reason, metadata=metadata))
-
-
-def _here(given: dict[str, Any]) -> dict[str, Any] | str:
-    try:
-        return call(**given)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def checked(result: Any) -> dict[str, Any]:
