@@ -17,7 +17,7 @@ from torch import Tensor
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import Algorithm
 from megatron_dgpo.data import PackItem, pack
-from megatron_dgpo.mcore.policy import NonFiniteUpdate, Policy, pad_for_sequence_parallel
+from megatron_dgpo.mcore.policy import Frozen, NonFiniteUpdate, Policy, pad_for_sequence_parallel
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.ops import linear_token_stats
 from megatron_dgpo.types import PackedBatch, Sample, TokenStats
@@ -32,6 +32,9 @@ class MiniBatch:
     num_sequences: int
     """Over all replicas, like num_tokens: the denominators of the loss."""
     num_tokens: int
+    imbalance: float = 0.0
+    """By how much the replica with the most positions has more than the mean, as a part of it: while it
+    works, the others wait."""
 
 
 class Learner:
@@ -63,10 +66,20 @@ class Learner:
             if self.policy.config.sequence_parallel:  # before anything of length T is made for them
                 batches = [pad_for_sequence_parallel(b, self.policy.groups.tp.size()) for b in batches]
             minibatches.append(MiniBatch(batches, list(samples), len(samples), _num_tokens(samples)))
-        counts = torch.tensor([[m.num_sequences, m.num_tokens] for m in minibatches], device=device)
-        dist.all_reduce(counts, group=self.policy.groups.dp)
-        for minibatch, (sequences, tokens) in zip(minibatches, counts.tolist(), strict=True):
+        dp = self.policy.groups.dp
+        positions = [sum(b.num_tokens for b in m.batches) for m in minibatches]
+        counts = torch.tensor(
+            [[m.num_sequences, m.num_tokens, n] for m, n in zip(minibatches, positions, strict=True)],
+            device=device,
+        )
+        most = counts[:, 2].clone() if minibatches else counts
+        dist.all_reduce(counts, group=dp)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX, group=dp)
+        for minibatch, (sequences, tokens, total), longest in zip(
+            minibatches, counts.tolist(), most.tolist(), strict=True
+        ):
             minibatch.num_sequences, minibatch.num_tokens = sequences, tokens
+            minibatch.imbalance = longest * dp.size() / total - 1.0
             for batch in minibatch.batches if sequences else []:
                 batch.coefficients_T = self.algorithm.token_coefficients(batch, sequences, tokens)
                 batch.features["engine_log_probs"] = _engine_log_probs(batch, minibatch.samples)
@@ -87,6 +100,8 @@ class Learner:
         sums = Sums()
         self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums))
         self.algorithm.settle(batches, self.policy.groups.dp)
+        for minibatch in minibatches:
+            sums.add("packing_imbalance", minibatch.imbalance)
         return sums
 
     def _rollout_features(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums) -> None:
@@ -142,7 +157,7 @@ class Learner:
 
 
 def policy_stats(
-    policy: Policy,
+    policy: Policy | Frozen,
     hidden: Tensor,
     weight: Tensor,
     batch: PackedBatch,
@@ -156,7 +171,7 @@ def policy_stats(
         weight,
         batch.targets_T,
         reference_hidden=reference_hidden,
-        reference_weight=None if reference_hidden is None else policy.reference_head_weight,
+        reference_weight=None if reference_hidden is None else policy.reference_head_weight,  # type: ignore[union-attr]
         tp_group=policy.groups.tp,
         vocab_size=policy.shape.vocab_size,
         temperature=temperature,
@@ -165,7 +180,7 @@ def policy_stats(
 
 
 def score_sequences(
-    policy: Policy, sequences: Sequence[Sequence[int]], *, max_tokens: int
+    policy: Policy | Frozen, sequences: Sequence[Sequence[int]], *, max_tokens: int
 ) -> list[list[float]]:
     """The policy's log-probs of given token ids at temperature 1, on every rank; collective.
 

@@ -19,14 +19,13 @@ from torch import Tensor
 
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import build_algorithm
-from megatron_dgpo.algorithms.dgpo import Dgpo
 from megatron_dgpo.config import Config
 from megatron_dgpo.data.packing import unpack
 from megatron_dgpo.learner import Learner, MiniBatch
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.run import build_policy, merge_over_ranks
-from megatron_dgpo.types import CreditWeights, Group, PackedBatch, Prompt, Sample, TokenStats
+from megatron_dgpo.types import Group, PackedBatch, Prompt, Sample, TokenStats
 from megatron_dgpo.weights import convert
 from megatron_dgpo.weights.convert import TensorSource
 from megatron_dgpo.weights.export import export_stream, local_entries
@@ -201,19 +200,17 @@ def _my_minibatch(learner: Learner, everything: Sequence[Group]) -> MiniBatch:
 
 
 def _keep_credit(learner: Learner) -> None:
-    """Leave the weights in the micro-batch whenever they are taken: in the pass over the rollout batch, or
-    in the update."""
-    algorithm = learner.algorithm
-    if not isinstance(algorithm, Dgpo):
-        return
-    take = algorithm.credit
+    """Leave the weights in the micro-batch also when they are taken in the update."""
+    credit = learner.algorithm.credit
+    take = credit.weights
 
-    def take_and_keep(stats: TokenStats, batch: PackedBatch) -> CreditWeights:
-        credit = take(stats, batch)
-        batch.features["credit_weights"] = credit.weights
-        return credit
+    def take_and_keep(stats: TokenStats, batch: PackedBatch) -> Tensor | None:
+        weights = take(stats, batch)
+        if weights is not None:
+            batch.features["credit_weights"] = weights
+        return weights
 
-    algorithm.credit = take_and_keep  # type: ignore[method-assign]
+    credit.weights = take_and_keep  # type: ignore[method-assign]
 
 
 def _credit(minibatch: MiniBatch, groups: platform.Groups) -> dict[tuple[str, int], Tensor]:

@@ -55,20 +55,16 @@ def cons_at_k(answers: Sequence[str | None], rewards: Sequence[float | None]) ->
     return 0.0
 
 
-def summarize(
+def by_problem(
     groups: Sequence[Group], k: int, *, canonical_answer: Callable[[str], str | None]
-) -> dict[str, float]:
-    """The metrics of an evaluation, each a mean over problems or samples.
+) -> dict[str, list[float]]:
+    """avg@k, pass@k and cons@k of each problem that has a scored sample, in order.
 
-    `avg@k` averages all samples of a problem, `cons@k` lets the first k vote, `pass@k` uses the
-    unbiased estimator. Problems of which every sample failed are left out of these three and counted
-    in `num_unscored_problems`; where failures leave fewer than k samples, pass@k is taken over those.
-    `truncation_rate` and `mean_response_tokens` are over all samples.
+    `avg@k` averages all samples of a problem, `cons@k` lets the first k vote, `pass@k` uses the unbiased
+    estimator; where failures leave fewer than k samples, pass@k is taken over those.
 
-    Raises ValueError without groups, or where a group has fewer than k samples.
+    Raises ValueError where a group has fewer than k samples.
     """
-    if not groups:
-        raise ValueError("nothing to summarize: no groups")
     averages, passes, majorities = [], [], []
     for group in groups:
         if len(group.samples) < k:
@@ -84,17 +80,31 @@ def summarize(
         majorities.append(
             cons_at_k([canonical_answer(sample.text) for sample in voters], [s.reward for s in voters])
         )
+    return {f"avg@{k}": averages, f"pass@{k}": passes, f"cons@{k}": majorities}
+
+
+def summarize(
+    groups: Sequence[Group], k: int, *, canonical_answer: Callable[[str], str | None]
+) -> dict[str, float]:
+    """The metrics of an evaluation: means over problems (see `by_problem`) or samples.
+
+    Problems of which every sample failed are left out and counted in `num_unscored_problems`.
+    `truncation_rate` and `mean_response_tokens` are over all samples.
+
+    Raises ValueError without groups, or where a group has fewer than k samples.
+    """
+    if not groups:
+        raise ValueError("nothing to summarize: no groups")
+    values = by_problem(groups, k, canonical_answer=canonical_answer)
     samples = [sample for group in groups for sample in group.samples]
     return {
-        f"avg@{k}": _mean(averages),
-        f"pass@{k}": _mean(passes),
-        f"cons@{k}": _mean(majorities),
+        **{name: _mean(of) for name, of in values.items()},
         "truncation_rate": _mean([float(sample.finish_reason == "length") for sample in samples]),
         "mean_response_tokens": _mean([float(len(sample.token_ids)) for sample in samples]),
         "num_problems": float(len(groups)),
         "num_samples": float(len(samples)),
         "num_failed": float(sum(sample.reward is None for sample in samples)),
-        "num_unscored_problems": float(len(groups) - len(averages)),
+        "num_unscored_problems": float(len(groups) - len(values[f"avg@{k}"])),
     }
 
 

@@ -232,6 +232,20 @@ class Policy:
         return self._reference[name].to(self.groups.device, non_blocking=True)
 
 
+class Frozen:
+    """A model that is scored, and not trained: the part of `Policy` that this takes."""
+
+    def __init__(self, model: PolicyModel, groups: platform.Groups) -> None:
+        self.model = model
+        self.groups = groups
+        self.shape = model.shape
+        self.config = model.config
+
+    def forward(self, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
+        """`Policy.forward`."""
+        return forward(self.model, batches, fn)
+
+
 @torch.no_grad()
 def forward(model: PolicyModel, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
     """`Policy.forward` of a model that is not trained: without buffers for gradients or an optimizer."""

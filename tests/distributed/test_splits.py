@@ -397,6 +397,17 @@ def test_splits_agree_with_each_other(results, folder, name, case):
     assert all(torch.allclose(found[k], w, rtol=1e-5, atol=0) for k, w in one["credit"].items())
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_imbalance_is_of_the_replicas(results, name):
+    samples = [[s for s in g.samples if s.reward is not None] for g in scored_groups()]
+    sizes = [sum(len(s.prompt.token_ids) + len(s.token_ids) - 1 for s in group) for group in samples]
+    replicas = [sum(sizes[0::2]), sum(sizes[1::2])] if name == "DP=2" else [sum(sizes)]
+    want = max(replicas) / (sum(replicas) / len(replicas)) - 1
+    assert (want > 0.01) is (name == "DP=2")
+    for result in results[name, "untied"]:
+        assert result["metrics"]["packing_imbalance"] == pytest.approx(want, abs=1e-12)
+
+
 @pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_other_algorithms_agree_at_every_split(results, folder, name, other):

@@ -154,7 +154,7 @@ def test_levelling_keeps_the_budget_and_fills_empty_bins():
 def test_the_extension_and_its_twin_agree():
     rng = random.Random(5)
     fallbacks = 0
-    for trial in range(1500):
+    for trial in range(10_000):
         budget = rng.choice([10, 60, 100, 4096])
         high = rng.choice([budget, max(1, budget // 2), max(1, budget // 8)])
         lengths = [rng.randint(1, high) for _ in range(rng.randint(0, 40))]

@@ -235,7 +235,11 @@ def test_a_tokenizer_without_a_template(place: Place, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("train", "reward.name: 'hash_anser' is not one of exact_match, hash_answer, math_verify"),
+        (
+            "train",
+            "reward.name: 'hash_anser' is not one of exact_match, hash_answer, math_verify, "
+            "multiple_choice, or 'package.module:function'",
+        ),
         ("sft", "{folder}/bad.jsonl, row 71: 'response' is a int, expected a string"),
     ],
 )

@@ -1,0 +1,267 @@
+"""Evaluates a model folder or a checkpoint on problems with gold answers.
+
+    python tools/evaluate.py MODEL --data FILE... [--k 32] [--out samples.jsonl] [--json metrics.json]
+
+MODEL is a Hugging Face folder, an imported checkpoint or a run's checkpoints/step_XXXXXXXX. Avg@k, Cons@k and
+Pass@k come with bootstrap confidence intervals over problems. The defaults are those of arXiv 2605.03327: 32
+samples a problem at temperature 1.0 and top-p 0.7.
+
+Every sample is kept in --out: the same command again goes on from there, and --regrade grades the samples
+in it once more without drawing any. Problems that occur more than once count once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import LaunchConfig, ParallelConfig, SGLangConfig, SyncConfig
+from megatron_dgpo.data import load_prompts
+from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.evaluation.intervals import bootstrap_interval
+from megatron_dgpo.evaluation.metrics import by_problem, summarize
+from megatron_dgpo.evaluation.records import SampleFile
+from megatron_dgpo.learner import score_sequences
+from megatron_dgpo.mcore.files import is_checkpoint
+from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.mcore.model import build_model
+from megatron_dgpo.mcore.policy import Frozen
+from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.rewards import Reward, build_reward
+from megatron_dgpo.rollout.embedded import EmbeddedEngine
+from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.rollout.sglang.engine import SGLangEngine
+from megatron_dgpo.rollout.sglang.fleet import Fleet
+from megatron_dgpo.types import Group, Prompt
+from megatron_dgpo.weights import convert
+from megatron_dgpo.weights.checkpoints import open_checkpoint
+from megatron_dgpo.weights.sync import WeightSync
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="jsonl or parquet files")
+    parser.add_argument("--prompt-key", default="prompt")
+    parser.add_argument("--answer-key", default="answer")
+    parser.add_argument("--system-prompt", default="")
+    parser.add_argument("--no-chat-template", action="store_true")
+    parser.add_argument("--max-problems", type=int, default=0, help="the first so many; 0: all")
+    parser.add_argument("--reward", default="math_verify", help="a reward's name, or package.module:function")
+    parser.add_argument("--reward-timeout-seconds", type=float, default=10.0)
+    parser.add_argument("--reward-workers", type=int, default=1)
+    parser.add_argument("--k", type=int, default=32, help="samples a problem")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=0.7)
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
+    parser.add_argument("--batch-size", type=int, default=256, help="samples together, embedded engine")
+    parser.add_argument("--url", nargs="+", default=[], help="SGLang servers that run already")
+    parser.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"))
+    parser.add_argument("--server-tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
+    parser.add_argument("--out", type=Path, help="samples, one a line (none: not kept)")
+    parser.add_argument("--regrade", action="store_true", help="grade the samples in --out again")
+    parser.add_argument("--json", type=Path, help="metrics")
+    parser.add_argument("--resamples", type=int, default=10_000, help="of the bootstrap")
+    options = parser.parse_args(argv)
+    if options.k < 1:
+        parser.error(f"--k {options.k}: at least 1")
+    if options.regrade and options.out is None:
+        parser.error("--regrade needs --out, the samples to grade")
+    return options
+
+
+def load_problems(options: argparse.Namespace, folder: Path) -> list[Prompt]:
+    """Each problem once. Raises ValueError for one that is too long, or no problem at all."""
+    prompts = load_prompts(
+        options.data,
+        AutoTokenizer.from_pretrained(folder),
+        prompt_key=options.prompt_key,
+        answer_key=options.answer_key,
+        apply_chat_template=not options.no_chat_template,
+        system_prompt=options.system_prompt,
+    )
+    distinct = deduplicate(prompts)
+    if len(distinct) < len(prompts):
+        print(f"{len(prompts)} rows, {len(distinct)} distinct problems")
+    distinct = distinct[: options.max_problems or None]
+    if not distinct:
+        raise ValueError(f"{options.data[0]}: there are no problems")
+    limit = ModelShape.from_folder(folder).max_positions
+    for prompt in distinct:
+        if (length := len(prompt.token_ids) + options.max_new_tokens) > limit:
+            raise ValueError(
+                f"{prompt.id}: {len(prompt.token_ids)} tokens and --max-new-tokens make {length}, and the "
+                f"model has {limit} positions"
+            )
+    return distinct
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What the samples depend on."""
+    names = ("prompt_key", "answer_key", "system_prompt", "no_chat_template", "temperature", "top_p")
+    names += ("max_new_tokens", "seed", "dtype", "k")
+    found = {name: getattr(options, name) for name in names}
+    return {"model": str(options.model), "data": [str(p) for p in options.data], **found}
+
+
+def draw(
+    options: argparse.Namespace,
+    folder: Path,
+    prompts: list[Prompt],
+    tokenizer: Any,
+    done: Callable[[Group], None],
+) -> None:
+    """Draw the groups of `prompts`; `done` gets each as it is complete."""
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=1.0 if options.temperature == 0 else options.top_p,
+        n=options.k,
+        seed=options.seed,
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )
+    with (
+        platform.distributed(ParallelConfig(), seed=options.seed) as groups,
+        tempfile.TemporaryDirectory() as logs,
+        tqdm(total=len(prompts) * options.k, unit="sample", desc="evaluate") as bar,
+    ):
+        build = _sglang if options.engine == "sglang" else _embedded
+        engine = build(options, folder, groups, tokenizer, Path(logs))
+        try:
+            engine.generate(prompts, params, on_progress=bar.update, on_group=done)
+        finally:
+            engine.close()
+
+
+def _embedded(
+    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
+) -> EmbeddedEngine:
+    dtype = _DTYPES[options.dtype]
+    engine = EmbeddedEngine(folder, dtype=dtype, device=groups.device, max_batch_size=options.batch_size)
+    if is_checkpoint(options.model):
+        stream = open_checkpoint(options.model).stream()
+    else:
+        names, read = convert.folder_source(folder)
+        stream = ((name, read(name)) for name in names)
+    engine.update_weights(((name, tensor.to(dtype)) for name, tensor in stream), 0)
+    return engine
+
+
+def _sglang(
+    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
+) -> SGLangEngine:
+    """Servers with the weights, proved by the probe."""
+    shape = ModelShape.from_folder(folder)
+    model = build_model(shape, ParallelConfig(), groups, params_dtype=_DTYPES[options.dtype])
+    convert.load_folder(model, groups, options.model)
+    launch = LaunchConfig(
+        python=options.sglang_python, tensor_parallel_size=options.server_tensor_parallel_size
+    )
+    config, sync = SGLangConfig(urls=tuple(options.url), launch=launch), SyncConfig()
+    fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
+    engine = SGLangEngine(
+        fleet,
+        groups,
+        config,
+        sync,
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+    )
+    try:
+        score = partial(score_sequences, Frozen(model, groups), max_tokens=8192)
+        WeightSync(model, groups, engine, sync, score).push(0)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def evaluate(options: argparse.Namespace, folder: Path, prompts: list[Prompt], reward: Reward) -> list[Group]:
+    """The groups of all problems, in order, scored; those that --out has are not drawn again."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = options.out or Path(scratch) / "samples.jsonl"
+        kept = SampleFile(path, settings_of(options)).groups(prompts, options.k)
+        missing = [p for p in prompts if p.id not in kept]
+        if options.regrade:
+            if missing:
+                raise ValueError(f"{path} lacks samples of {len(missing)} problems, such as {missing[0].id}")
+            reward.score([s for g in kept.values() for s in g.samples])
+            path.unlink()
+        file = SampleFile(path, settings_of(options))
+
+        def done(group: Group) -> None:
+            if not options.regrade:
+                reward.score(group.samples)
+            kept[group.prompt.id] = group
+            file.append(group, [reward.canonical_answer(s.text) for s in group.samples])
+
+        if options.regrade:
+            for prompt in prompts:
+                done(kept[prompt.id])
+        elif missing:
+            if len(missing) < len(prompts):
+                print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {path} already")
+            draw(options, folder, missing, AutoTokenizer.from_pretrained(folder), done)
+        return [kept[p.id] for p in prompts]
+
+
+def report(options: argparse.Namespace, groups: list[Group], reward: Reward) -> dict[str, Any]:
+    metrics: dict[str, Any] = summarize(groups, options.k, canonical_answer=reward.canonical_answer)
+    values = by_problem(groups, options.k, canonical_answer=reward.canonical_answer)
+    print(f"{options.model}: {len(groups)} problems, {options.k} samples each")
+    for name, of in values.items():
+        if of:
+            low, high = bootstrap_interval(of, resamples=options.resamples, seed=options.seed)
+            metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high
+            print(f"{name:<10} {metrics[name]:.4f}   95% of problems drawn again: {low:.4f} to {high:.4f}")
+    print(f"truncated  {metrics['truncation_rate']:.4f}   mean tokens {metrics['mean_response_tokens']:.1f}")
+    if metrics["num_failed"]:
+        print(f"failed     {metrics['num_failed']:.0f} samples have no reward (see reward_error in --out)")
+    return metrics
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    set_up_logging(False, 0)
+    try:
+        folder = open_checkpoint(options.model).beside if is_checkpoint(options.model) else options.model
+        prompts = load_problems(options, folder)
+        workers = options.reward_workers
+        reward = build_reward(
+            options.reward, timeout_seconds=options.reward_timeout_seconds, num_workers=workers
+        )
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with reward:
+        try:
+            groups = evaluate(options, folder, prompts, reward)
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        metrics = report(options, groups, reward)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(metrics, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
