@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe_machine
 from transformers import Qwen2Config
 
 from megatron_dgpo import platform
@@ -35,6 +34,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.config.algorithms import DGPOConfig, GRPOConfig
 from megatron_dgpo.learner import Learner
 from megatron_dgpo.mcore.policy import Policy
+from megatron_dgpo.observe.machine import describe_machine
 from megatron_dgpo.run import build_policy
 from megatron_dgpo.types import Prompt, Sample
 

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe_machine
 
+from megatron_dgpo.observe.machine import describe_machine
 from megatron_dgpo.ops import default_chunk_size, linear_token_stats, load_kernels, token_stats
 from megatron_dgpo.ops.driver import Incoming, Plan, add_matmul_wide, matmul_wide
 from megatron_dgpo.ops.shards import merge_shards

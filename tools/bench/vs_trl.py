@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import trl_environment
-from machine import describe_machine
 
 from megatron_dgpo.cli import load, refusals
 from megatron_dgpo.config import Config
+from megatron_dgpo.observe.machine import describe_machine
 from megatron_dgpo.observe.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from machine import describe_machine
 from step import write_model
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import LaunchConfig, ParallelConfig, SGLangConfig, SyncConfig
 from megatron_dgpo.mcore.model import ModelShape, build_model
+from megatron_dgpo.observe.machine import describe_machine
 from megatron_dgpo.rollout.sglang.engine import SGLangEngine
 from megatron_dgpo.rollout.sglang.fleet import Fleet
 from megatron_dgpo.rollout.sglang.transport import Broadcast

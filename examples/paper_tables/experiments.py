@@ -1,0 +1,183 @@
+"""Runs every experiment of the tables that is not there yet: cold starts, training, evaluation, timing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from arms import ARMS, DAPO, TAUS, TIMED, Run, Scale, tau_arm
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICKSTART = ROOT / "examples" / "quickstart"
+HELDOUT = 256
+"""Problems that no training prompt is among: the first half for tuning, the rest for reporting."""
+EVALUATIONS = 5
+"""Of a run on the tuning prompts, beside the one at its start."""
+TIMEOUT_SECONDS = 3600.0
+
+
+class Experiments:
+    """All runs of a scale in one folder; whatever is complete there is not run again.
+
+    Raises RuntimeError naming the log of the first command that failed.
+    """
+
+    def __init__(self, folder: Path, scale: Scale, *, jobs: int) -> None:
+        self.folder, self.scale, self.jobs = folder, scale, jobs
+
+    def all(self) -> None:
+        cold = range(1, 1 + self.scale.cold_starts)
+        self._parallel("cold starts", [(str(i), lambda i=i: self.make_cold_start(i)) for i in cold])
+        self.train("runs", self.scale.first_runs())
+        self.train(f"tau = {self.tuned_tau()}, tuned", self.scale.tuned_runs(self.tuned_tau()))
+        self._parallel("timing", list(self._timings()), jobs=1)
+
+    def train(self, what: str, runs: Iterable[Run]) -> None:
+        self._parallel(what, [(run.name, lambda run=run: self.make_run(run)) for run in runs])
+
+    # --- where things are -------------------------------------------------------------------------
+
+    def run_folder(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
+
+    def timed_folder(self, arm: str, round_: int) -> Path:
+        return self.folder / "timing" / f"{arm}-{round_}"
+
+    def tuned_tau(self) -> str:
+        """The tau with the best mean on the tuning prompts; the larger one of a tie."""
+        return max(TAUS, key=lambda tau: (self._tuning_score(tau_arm(tau)), float(tau)))
+
+    def _tuning_score(self, arm: str) -> float:
+        scores = [last_evaluation(self.run_folder(Run(arm, seed))) for seed in self.scale.tuning_seeds]
+        return sum(scores) / len(scores)
+
+    # --- the commands -----------------------------------------------------------------------------
+
+    def make_cold_start(self, index: int) -> None:
+        folder = self.folder / f"coldstart{index}"
+        data = folder / "data"
+        if (folder / "done").exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "log.txt"
+        if not data.exists():
+            words = [str(QUICKSTART / "make_data.py"), "--out", str(data), "--seed", str(index)]
+            command([sys.executable, *words, "--heldout-prompts", str(HELDOUT)], log)
+        rows = (data / "heldout.jsonl").read_text().splitlines(keepends=True)
+        (data / "tuning.jsonl").write_text("".join(rows[: HELDOUT // 2]))
+        (data / "reporting.jsonl").write_text("".join(rows[HELDOUT // 2 :]))
+        words = ["--model.path", str(data / "model"), "--data.train", json.dumps([str(data / "sft.jsonl")])]
+        words += ["--run.seed", str(index), *self.scale.sft_words]
+        torchrun("megatron_dgpo.sft", QUICKSTART / "sft.toml", folder / "sft", words, log)
+        (folder / "done").touch()
+
+    def make_run(self, run: Run) -> None:
+        folder = self.run_folder(run)
+        if (folder / "reporting.json").exists():
+            return
+        scale = self.scale
+        words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed), "--run.quiet", "true"]
+        words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS)), "--evaluation.k", "4"]
+        words += self._start(run.seed, evaluate=True)
+        torchrun("megatron_dgpo.train", QUICKSTART / "dgpo.toml", folder, [*words, *ARMS[run.arm]])
+        if run.arm == DAPO:
+            step = step_at(folder, scale)
+            self._evaluate(folder / "checkpoints" / f"step_{step:08d}", run, "equal_samples.json")
+        self._evaluate(folder / "hf", run, "reporting.json")
+
+    def _start(self, seed: int, *, evaluate: bool) -> list[str]:
+        cold = self.folder / f"coldstart{self.scale.cold_start(seed)}"
+        heldout = [str(cold / "data" / "tuning.jsonl")] if evaluate else []
+        words = ["--model.path", str(cold / "sft" / "hf"), "--evaluation.data", json.dumps(heldout)]
+        return [*words, "--data.train", json.dumps([str(cold / "data" / "train.jsonl")])]
+
+    def _evaluate(self, model: Path, run: Run, name: str) -> None:
+        """The paper's protocol on the reporting prompts."""
+        data = self.folder / f"coldstart{self.scale.cold_start(run.seed)}" / "data" / "reporting.jsonl"
+        folder = self.run_folder(run)
+        words = ["--data", str(data), "--reward", "hash_answer", "--max-new-tokens", "96"]
+        words += ["--k", str(self.scale.samples_per_problem), "--json", str(folder / name)]
+        tool = str(ROOT / "tools" / "evaluate.py")
+        command([sys.executable, tool, str(model), *words, "--resamples", "1000"], folder / "log.txt")
+
+    def _timings(self) -> Iterable[tuple[str, Callable[[], None]]]:
+        """Round by round, so that whatever slows the machine for a while meets every algorithm."""
+        for round_ in range(self.scale.timed_rounds):
+            for arm in TIMED:
+                yield f"{arm} {round_}", lambda arm=arm, round_=round_: self._time(arm, round_)  # type: ignore[misc]
+
+    def _time(self, arm: str, round_: int) -> None:
+        folder = self.timed_folder(arm, round_)
+        if (folder / "done").exists():
+            return
+        words = ["--train.steps", str(self.scale.timed_steps), "--run.seed", str(round_)]
+        words += ["--run.quiet", "true", *self._start(round_, evaluate=False), *ARMS[arm]]
+        torchrun("megatron_dgpo.train", QUICKSTART / "dgpo.toml", folder, words)
+        (folder / "done").touch()
+
+    def _parallel(
+        self, what: str, tasks: Sequence[tuple[str, Callable[[], None]]], *, jobs: int | None = None
+    ) -> None:
+        """Run the tasks, `jobs` at a time; after the first failure no other is begun."""
+        with ThreadPoolExecutor(jobs or self.jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
+            names = {pool.submit(task): name for name, task in tasks}
+            for future in as_completed(names):
+                if future.exception() is not None:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                future.result()
+                bar.update()
+                bar.set_postfix_str(names[future])
+
+
+# --- commands ------------------------------------------------------------------------------------------
+
+
+def torchrun(module: str, config: Path, folder: Path, words: Sequence[str], log: Path | None = None) -> None:
+    """A run of one process in `folder`, which goes on where it was ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    own = ["--resume", "--run.folder", str(folder), "--parallel.tensor_model_parallel_size", "1"]
+    command([*start, "-m", module, str(config), *own, *words], log or folder / "log.txt")
+
+
+def command(words: Sequence[str], log: Path) -> None:
+    with log.open("a") as file:
+        done = subprocess.run(
+            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, timeout=TIMEOUT_SECONDS
+        )
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode} of: {' '.join(words)}\nits output: {log}")
+
+
+# --- what a run left ------------------------------------------------------------------------------------
+
+
+def metrics(folder: Path, phase: str) -> list[dict[str, float]]:
+    with (folder / "metrics.jsonl").open() as file:
+        return [row for row in map(json.loads, file) if row["phase"] == phase]
+
+
+def last_evaluation(folder: Path) -> float:
+    """avg@4 on the tuning prompts at a run's end."""
+    return metrics(folder, "eval")[-1]["avg@4"]
+
+
+def samples_by_step(folder: Path, prompts_per_step: int, samples_per_prompt: int) -> list[float]:
+    """Samples that a run had drawn after each step, those that dynamic sampling left out among them."""
+    total, found = 0.0, []
+    for row in metrics(folder, "train"):
+        total += row.get("groups_drawn", prompts_per_step) * samples_per_prompt
+        found.append(total)
+    return found
+
+
+def step_at(folder: Path, scale: Scale) -> int:
+    """The last checkpointed step of a DAPO run that had drawn no more samples than the others do."""
+    drawn = samples_by_step(folder, scale.prompts_per_step, scale.samples_per_prompt)
+    steps = [int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")]
+    return max(step for step in steps if step == min(steps) or drawn[step - 1] <= scale.samples)
