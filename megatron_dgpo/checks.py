@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_dgpo.config import Config, LaunchConfig, SFTConfig
 from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig
+from megatron_dgpo.config.sources import parse_source
 
 AnyConfig = Config | SFTConfig
 
@@ -195,12 +196,19 @@ def _async(config: Config) -> Iterator[str]:
 
 
 def _files(config: AnyConfig) -> Iterator[str]:
-    for key, paths in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
-        for path in paths:
-            if not path.is_file():
-                yield Absent(f"{key}: {path} is not a file")
-            elif path.suffix not in (".jsonl", ".parquet"):
-                yield f"{key}: {path} is neither .jsonl nor .parquet"
+    for key, sources in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        for text in sources:
+            try:
+                source = parse_source(text)
+            except ValueError as error:
+                yield f"{key}: {error}"
+                continue
+            if not isinstance(source, Path):
+                continue
+            if not source.is_file():
+                yield Absent(f"{key}: {source} is not a file")
+            elif source.suffix not in (".jsonl", ".parquet"):
+                yield f"{key}: {source} is neither .jsonl nor .parquet"
     if not config.data.train:
         yield "data.train: at least one file is needed"
 

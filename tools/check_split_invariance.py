@@ -182,8 +182,6 @@ def _prompts_of_data(config: Config, max_tokens: int, count: int) -> list[Prompt
     try:
         if not config.data.train:
             raise ValueError("data.train is not given")
-        if missing := [path for path in config.data.train if not path.is_file()]:
-            raise FileNotFoundError(f"data.train: {missing[0]} is not a file")
         prompts = load_prompts(
             config.data.train,
             load_tokenizer(config),

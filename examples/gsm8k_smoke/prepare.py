@@ -17,7 +17,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
 
-from megatron_dgpo.data.rows import read_rows, require, where
+from megatron_dgpo.data.rows import require
+from megatron_dgpo.data.sources import read_rows, where
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k_test.jsonl"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

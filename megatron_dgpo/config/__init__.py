@@ -10,14 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from megatron_dgpo.config.algorithms import AlgorithmConfig, DGPOConfig
 from megatron_dgpo.config.section import Count, NonNegative, Positive, PositiveInt, Probability, Section
 
 # A path comes from TOML as a string; everything else keeps its type.
 Folder = Annotated[Path, Field(strict=False)]
-Files = Annotated[tuple[Folder, ...], Field(strict=False)]
+Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
+Sources = Annotated[tuple[Source, ...], Field(strict=False)]
 
 
 class RunConfig(Section):
@@ -58,8 +59,8 @@ class ParallelConfig(Section):
 
 
 class DataConfig(Section):
-    train: Files
-    """jsonl or parquet files of prompts with gold answers."""
+    train: Sources
+    """Prompts with gold answers: jsonl or parquet files, or hub://owner/name[/config][?split=train]."""
     prompt_key: str = "prompt"
     """Column of the prompt: a string or chat messages. Dots reach into nested columns."""
     answer_key: str = "answer"
@@ -75,8 +76,8 @@ class DataConfig(Section):
 
 
 class SFTDataConfig(Section):
-    train: Files
-    """jsonl or parquet files of prompts with responses."""
+    train: Sources
+    """Prompts with responses: jsonl or parquet files, or hub://owner/name[/config][?split=train]."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
     response_key: str = "response"
@@ -281,8 +282,8 @@ class CheckpointConfig(Section):
 
 
 class HeldoutConfig(Section):
-    data: Files = ()
-    """Held-out prompts; none turns evaluation off."""
+    data: Sources = ()
+    """Held-out prompts, as data.train's; none turns evaluation off."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
     answer_key: str = "answer"

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_dgpo.data.rows import Renderer, encode, read_rows, require, resolve_paths, to_messages, where
+from megatron_dgpo.data.problems import final, read_problems
+from megatron_dgpo.data.rows import Renderer, encode
 from megatron_dgpo.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-DAPO_ANSWER_KEY = "reward_model.ground_truth"
 
 
 def load_prompts(
@@ -30,12 +29,10 @@ def load_prompts(
     system_prompt: str = "",
     max_prompt_tokens: int | None = None,
 ) -> list[Prompt]:
-    """Read prompts from .jsonl and .parquet files, in file and row order.
+    """Read prompts from .jsonl and .parquet files and hub data sets, in their order.
 
-    A row's prompt is a string or a list of chat messages; keys may be dotted paths. Where a row has no
-    `answer_key` (or that is None) but a `reward_model`, the answer is `reward_model.ground_truth`
-    (the layout of DAPO-Math-17k). An answer is kept as it stands, a worked GSM8K solution included:
-    the reward reads it.
+    `read_problems` says which rows are understood. An answer is kept as it stands, a worked GSM8K
+    solution included: the reward reads it.
 
     With `apply_chat_template` the ids are those of the template with the generation prompt; without,
     those of the system prompt, a blank line and the prompt, and the tokenizer adds its own special
@@ -48,42 +45,27 @@ def load_prompts(
     malformed, or where no prompt is left.
     """
     render = Renderer(tokenizer, apply_chat_template)
-    ids, texts, answers, extras = [], [], [], []
-    keys = [prompt_key, DAPO_ANSWER_KEY, "data_source"] + ([answer_key] if answer_key else [])
-    for path in resolve_paths(paths):
-        for number, row in read_rows(path, keys):
-            at = where(path, number)
-            messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
-            ids.append(f"{path.stem}:{number}")
-            texts.append(render(messages, at))
-            answers.append(_answer(row, answer_key, at))
-            extras.append({"data_source": row["data_source"]} if row.get("data_source") else {})
-    tokens = encode(tokenizer, texts, add_special_tokens=not apply_chat_template)
+    found = [
+        (problem, render(problem.messages, problem.at))
+        for problem in read_problems(
+            paths, prompt_key=prompt_key, answer_key=answer_key, system_prompt=system_prompt
+        )
+    ]
+    tokens = encode(tokenizer, [text for _, text in found], add_special_tokens=not apply_chat_template)
     prompts = [
-        Prompt(id=id_, token_ids=token_ids, text=text, answer=answer, metadata=extra)
-        for id_, token_ids, text, answer, extra in zip(ids, tokens, texts, answers, extras, strict=True)
+        Prompt(
+            id=problem.id,
+            token_ids=token_ids,
+            text=text,
+            answer=problem.answer,
+            metadata={"data_source": problem.data_source} if problem.data_source else {},
+        )
+        for (problem, text), token_ids in zip(found, tokens, strict=True)
     ]
     empty = [prompt.id for prompt in prompts if not prompt.token_ids]
     if empty:
         raise ValueError(f"prompt {empty[0]} encodes to no tokens")
     return prompts if max_prompt_tokens is None else _without_long(prompts, max_prompt_tokens)
-
-
-def _answer(row: dict[str, Any], answer_key: str | None, at: str) -> str:
-    key = answer_key
-    if key is None or (key not in row and key.split(".")[0] not in row):
-        if "reward_model" in row:
-            key = DAPO_ANSWER_KEY
-        elif key is None:
-            raise ValueError(f"{at}: answer_key is not set and the row has no 'reward_model'")
-    value = require(row, key, at)
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{at}: {key!r} is a {type(value).__name__}, expected a string or a number")
-    if not value.strip():
-        raise ValueError(f"{at}: {key!r} is empty")
-    return value
 
 
 def _without_long(prompts: list[Prompt], max_prompt_tokens: int) -> list[Prompt]:
@@ -106,22 +88,18 @@ def _without_long(prompts: list[Prompt], max_prompt_tokens: int) -> list[Prompt]
 def deduplicate(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The first prompt of each token sequence, in order; what was dropped is counted in the log.
 
-    Evaluation files repeat each problem once per sample; a run draws its samples itself. Of prompts
-    with equal tokens and different answers the first is kept, with a warning.
+    Evaluation files repeat each problem once per sample; a run draws its samples itself.
+
+    Raises ValueError, naming both, for prompts with equal tokens and different answers.
     """
     first: dict[tuple[int, ...], Prompt] = {}
-    conflicts = []
     for prompt in prompts:
         known = first.setdefault(prompt.token_ids, prompt)
-        if known.answer != prompt.answer:
-            conflicts.append((known, prompt))
-    if conflicts:
-        known, other = conflicts[0]
-        logger.warning(
-            "%d repeated prompts have another answer than their first occurrence, which is kept; "
-            "for example %s has %r and %s has %r",
-            len(conflicts), known.id, known.answer, other.id, other.answer,
-        )  # fmt: skip
+        if final(known.answer) != final(prompt.answer):
+            raise ValueError(
+                f"{known.id} and {prompt.id} are the same prompt with different answers, {known.answer!r} "
+                f"and {prompt.answer!r} (tools/preprocess_data.py leaves such rows out)"
+            )
     if len(first) < len(prompts):
         logger.info("%d prompts, %d of them distinct", len(prompts), len(first))
     return list(first.values())

@@ -1,10 +1,8 @@
-"""Reads rows from data files and turns prompts into text and ids; every complaint names file and row."""
+"""Looks values up in rows and turns prompts into text and ids; every complaint names the place."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,70 +12,6 @@ Messages = list[dict[str, str]]
 
 TOKENIZE_CHUNK = 4096
 """Texts per tokenizer call: large enough to be fast, small enough to keep memory flat."""
-
-
-def read_rows(path: Path, keys: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (row number, row) from a .jsonl or .parquet file; the first row is 1.
-
-    In a .jsonl file the row number is the line number, and blank lines are passed over. From a
-    .parquet file only the columns in which one of the (dotted) `keys` can lie are read.
-
-    Raises FileNotFoundError for a missing file and ValueError for a malformed or empty one.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"data file {path} does not exist")
-    readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    if path.suffix not in readers:
-        raise ValueError(f"data file {path}: unknown type {path.suffix!r}, expected .jsonl or .parquet")
-    empty = True
-    for number, row in readers[path.suffix](path, set(keys)):
-        empty = False
-        yield number, row
-    if empty:
-        raise ValueError(f"data file {path} has no rows")
-
-
-def _read_jsonl(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where(path, number)}: not UTF-8 ({error.reason})") from error
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where(path, number)}: not valid JSON ({error.msg}, column {error.colno})"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where(path, number)}: expected a JSON object, got {type(row).__name__}")
-            yield number, row
-
-
-def _read_parquet(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"data file {path}: not a parquet file ({error})") from error
-    wanted = keys | {key.split(".")[0] for key in keys}
-    columns = [name for name in file.schema_arrow.names if name in wanted]
-    if not columns:
-        raise ValueError(
-            f"data file {path}: none of the columns {sorted(keys)}; it has {file.schema_arrow.names}"
-        )
-    number = 0
-    for batch in file.iter_batches(batch_size=4096, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
-
-
-def where(path: Path, number: int) -> str:
-    return f"{path}, row {number}"
 
 
 def lookup(row: dict[str, Any], key: str) -> Any:
@@ -187,18 +121,3 @@ def encode(
         )
         ids.update(zip(chunk, map(tuple, encoded["input_ids"]), strict=True))
     return [ids[text] for text in texts]
-
-
-def resolve_paths(paths: Sequence[str | Path] | str | Path) -> list[Path]:
-    """The data files as paths. Their stems become part of each row's id, so they must differ."""
-    listed = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if not listed:
-        raise ValueError("no data files given")
-    stems: dict[str, Path] = {}
-    for path in listed:
-        if path.stem in stems:
-            raise ValueError(
-                f"data files {stems[path.stem]} and {path} share the stem {path.stem!r}; rename one"
-            )
-        stems[path.stem] = path
-    return listed

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_dgpo.data.rows import Renderer, encode, read_rows, require, resolve_paths, to_messages, where
+from megatron_dgpo.config.sources import parse_sources
+from megatron_dgpo.data.rows import Renderer, encode, require, to_messages
+from megatron_dgpo.data.sources import read_rows, where
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +53,7 @@ def load_supervised(
         raise ValueError("the tokenizer has no eos_token, with which every response has to end")
     render = Renderer(tokenizer, apply_chat_template)
     prompts, responses = [], []
-    for path in resolve_paths(paths):
+    for path in parse_sources(paths):
         for number, row in read_rows(path, [prompt_key, response_key]):
             at = where(path, number)
             messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)

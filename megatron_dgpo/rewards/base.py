@@ -57,6 +57,10 @@ class Reward(ABC):
     def canonical_answer(self, text: str) -> str | None:
         """The final answer of a response text, equal answers written alike; None without an answer."""
 
+    def response_with(self, answer: str) -> str:
+        """The text of a response that gives this answer."""
+        return answer
+
     def close(self) -> None:  # noqa: B027 - most rewards hold nothing
         """End worker processes, where there are any."""
 

@@ -45,6 +45,9 @@ class HashAnswer(Reward):
     def canonical_answer(self, text: str) -> str | None:
         return text.rpartition("#")[2] or None if "#" in text else None
 
+    def response_with(self, answer: str) -> str:
+        return f"#{answer}"
+
 
 LETTER = re.compile(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])(?:\)|\.|:|\}|\s|$)")
 IN_BRACKETS = re.compile(r"\(([A-Z])\)")
@@ -77,6 +80,9 @@ class MultipleChoice(Reward):
             return _letter(announced)
         found = IN_BRACKETS.findall(text)
         return found[-1] if found else None
+
+    def response_with(self, answer: str) -> str:
+        return f"Answer: {answer}"
 
 
 def _letter(answer: str) -> str | None:

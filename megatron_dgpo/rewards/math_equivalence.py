@@ -58,6 +58,9 @@ class MathVerify(Reward):
         answer = final_answer(text)
         return None if answer is None else canonical(answer) or None
 
+    def response_with(self, answer: str) -> str:
+        return f"\\boxed{{{answer}}}"
+
     def close(self) -> None:
         if self._pool is not None:
             self._pool.close()

@@ -183,7 +183,7 @@ def test_help_shows_type_and_default_of_what_it_names() -> None:
         "--algorithm.tau  <number | auto>  (1.0)",
         "--algorithm.kl_coef  <number>  (0.0)",
         "--train.steps  <integer>  (required)",
-        "--data.train  <list of paths>  (required)",
+        "--data.train  <list of texts>  (required)",
         '--run.folder  <path>  ("runs/default")',
         "--run.resume  <true/false>  (false)",
         '--model.init  <weights | random>  ("weights")',

@@ -123,7 +123,7 @@ def test_an_algorithm_brings_defaults_for_other_sections() -> None:
         ("reward.name", 5, "reward.name: 5 is not text"),
         ("run.folder", 5, "run.folder: 5 is not a path"),
         ("data.train", "a.jsonl", "data.train: 'a.jsonl' is not a list"),
-        ("data.train", [7], "data.train.0: 7 is not a path"),
+        ("data.train", [7], "data.train.0: 7 is not text"),
         ("model.transformer", 3, "model.transformer: 3 is not a table"),
         ("model.init", "zeros", "model.init: 'zeros': input should be 'weights' or 'random'"),
         ("train.steps", 0, "train.steps: 0: input should be greater than or equal to 1"),

@@ -173,12 +173,26 @@ def test_long_prompts_are_left_out_and_counted(tmp_path, tokenizer, caplog):
         load(path, tokenizer, max_prompt_tokens=2)
 
 
-def test_deduplicate_keeps_the_first_and_warns_of_other_answers(tmp_path, tokenizer, caplog):
-    rows = [{"prompt": p, "answer": a} for p, a in (("p", "1"), ("q", "2"), ("p", "1"), ("q", "3"))]
+def test_deduplicate_keeps_the_first_and_refuses_other_answers(tmp_path, tokenizer):
+    pairs = [("p", "1"), ("q", "so 2\n#### 2"), ("p", "1"), ("q", "1 + 1\n#### 2")]
+    rows = [{"prompt": p, "answer": a} for p, a in pairs]
     prompts = load(write(tmp_path / "d.jsonl", rows), tokenizer)
-    with caplog.at_level(logging.WARNING):
-        assert [prompt.id for prompt in deduplicate(prompts)] == ["d:1", "d:2"]
-    assert "1 repeated prompts have another answer" in caplog.text and "d:4 has '3'" in caplog.text
+    assert [prompt.id for prompt in deduplicate(prompts)] == ["d:1", "d:2"]
+    prompts = load(write(tmp_path / "d.jsonl", [*rows, {"prompt": "p", "answer": "3"}]), tokenizer)
+    with pytest.raises(
+        ValueError, match="d:1 and d:5 are the same prompt with different answers, '1' and '3'"
+    ):
+        deduplicate(prompts)
+
+
+def test_gsm8k_rows_are_recognised(tmp_path, tokenizer):
+    rows = [{"question": "1+1?", "answer": "1 + 1 = 2\n#### 2"}, {"prompt": "2+2?", "answer": 4}]
+    first, second = load(write(tmp_path / "g.jsonl", rows), tokenizer)
+    assert (first.text, first.answer) == ("1+1?", "1 + 1 = 2\n#### 2") and second.text == "2+2?"
+    with pytest.raises(
+        ValueError, match=r"g.jsonl, row 1: no key 'prompt'; the row has \['answer', 'question'\]"
+    ):
+        load(write(tmp_path / "g.jsonl", [{"question": "1+1?", "answer": "2"}]), tokenizer)
 
 
 @pytest.mark.skipif(not AIME.is_file(), reason="no ../shared/data/aime-2024.parquet")

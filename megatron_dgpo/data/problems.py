@@ -1,0 +1,103 @@
+"""Problems with gold answers, in the layouts in which data sets have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_dgpo.config.sources import Source, parse_sources
+from megatron_dgpo.data.rows import Messages, require, to_messages
+from megatron_dgpo.data.sources import read_rows, where
+
+DAPO_ANSWER_KEY = "reward_model.ground_truth"
+GSM8K_PROMPT_KEY = "question"
+GSM8K_MARK = "####"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A row of a data set: chat messages that end with the question, and the gold answer as it stands."""
+
+    id: str
+    """<source's stem>:<row>, the first row being 1."""
+    at: str
+    """Source and row, for complaints."""
+    messages: Messages
+    answer: str
+    data_source: str | None
+    """The row's own word for where it is from."""
+
+
+def read_problems(
+    sources: Sequence[str | Path] | str | Path,
+    *,
+    prompt_key: str,
+    answer_key: str | None,
+    system_prompt: str = "",
+    malformed: list[str] | None = None,
+) -> Iterator[Problem]:
+    """The rows of all sources, in order; keys may be dotted paths.
+
+    A row without `prompt_key` whose answer is GSM8K's (a solution that ends in ``#### N``) has its prompt
+    under `question`. Where a row has no `answer_key` (or that is None) but a `reward_model`, the answer is
+    `reward_model.ground_truth` (the layout of DAPO-Math-17k).
+
+    Raises FileNotFoundError for a missing file, and ValueError, naming source and row, for a malformed row;
+    where `malformed` is given, complaints of single rows go there instead.
+    """
+    keys = [
+        prompt_key,
+        DAPO_ANSWER_KEY,
+        GSM8K_PROMPT_KEY,
+        "data_source",
+        *([answer_key] if answer_key else []),
+    ]
+    for source in parse_sources(sources):
+        for number, row in read_rows(source, keys, malformed):
+            try:
+                yield _problem(row, source, number, prompt_key, answer_key, system_prompt)
+            except ValueError as error:
+                if malformed is None:
+                    raise
+                malformed.append(str(error))
+
+
+def final(answer: str) -> str:
+    """What of a gold answer counts: a GSM8K solution's end."""
+    return answer.rpartition(GSM8K_MARK)[2].strip()
+
+
+def _problem(
+    row: dict[str, Any],
+    source: Source,
+    number: int,
+    prompt_key: str,
+    answer_key: str | None,
+    system_prompt: str,
+) -> Problem:
+    at = where(source, number)
+    key = prompt_key
+    if key not in row and GSM8K_PROMPT_KEY in row and GSM8K_MARK in str(row.get(answer_key or "answer")):
+        key = GSM8K_PROMPT_KEY
+    messages = to_messages(require(row, key, at), key, at, system_prompt)
+    answer = _answer(row, answer_key, at)
+    return Problem(f"{source.stem}:{number}", at, messages, answer, row.get("data_source") or None)
+
+
+def _answer(row: dict[str, Any], answer_key: str | None, at: str) -> str:
+    key = answer_key
+    if key is None or (key not in row and key.split(".")[0] not in row):
+        if "reward_model" in row:
+            key = DAPO_ANSWER_KEY
+        elif key is None:
+            raise ValueError(f"{at}: answer_key is not set and the row has no 'reward_model'")
+    value = require(row, key, at)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{at}: {key!r} is a {type(value).__name__}, expected a string or a number")
+    if not value.strip():
+        raise ValueError(f"{at}: {key!r} is empty")
+    return value
