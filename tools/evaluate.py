@@ -196,30 +196,37 @@ def _sglang(
 def evaluate(options: argparse.Namespace, folder: Path, prompts: list[Prompt], reward: Reward) -> list[Group]:
     """The groups of all problems, in order, scored; those that --out has are not drawn again."""
     with tempfile.TemporaryDirectory() as scratch:
-        path = options.out or Path(scratch) / "samples.jsonl"
-        kept = SampleFile(path, settings_of(options)).groups(prompts, options.k)
+        file = SampleFile(options.out or Path(scratch) / "samples.jsonl", settings_of(options))
+        kept = file.groups(prompts, options.k)
         missing = [p for p in prompts if p.id not in kept]
-        if options.regrade:
-            if missing:
-                raise ValueError(f"{path} lacks samples of {len(missing)} problems, such as {missing[0].id}")
-            reward.score([s for g in kept.values() for s in g.samples])
-            path.unlink()
-        file = SampleFile(path, settings_of(options))
 
         def done(group: Group) -> None:
-            if not options.regrade:
-                reward.score(group.samples)
+            reward.score(group.samples)
             kept[group.prompt.id] = group
-            file.append(group, [reward.canonical_answer(s.text) for s in group.samples])
+            file.append(group, answers(reward, group))
 
-        if options.regrade:
-            for prompt in prompts:
-                done(kept[prompt.id])
-        elif missing:
+        if missing:
             if len(missing) < len(prompts):
-                print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {path} already")
+                print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {file.path} already")
             draw(options, folder, missing, AutoTokenizer.from_pretrained(folder), done)
         return [kept[p.id] for p in prompts]
+
+
+def regrade(options: argparse.Namespace, prompts: list[Prompt], reward: Reward) -> list[Group]:
+    """The groups in --out, scored again; the file has the new scores, or is as it was."""
+    file = SampleFile(options.out, settings_of(options))
+    kept = file.groups(prompts, options.k)
+    if missing := [p for p in prompts if p.id not in kept]:
+        raise ValueError(f"{file.path} lacks samples of {len(missing)} problems, such as {missing[0].id}")
+    groups = [kept[p.id] for p in prompts]
+    for group in tqdm(groups, unit="problem", desc="regrade"):
+        reward.score(group.samples)
+    file.rewrite([(group, answers(reward, group)) for group in groups])
+    return groups
+
+
+def answers(reward: Reward, group: Group) -> list[str | None]:
+    return [reward.canonical_answer(sample.text) for sample in group.samples]
 
 
 def report(options: argparse.Namespace, groups: list[Group], reward: Reward) -> dict[str, Any]:
@@ -252,7 +259,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     with reward:
         try:
-            groups = evaluate(options, folder, prompts, reward)
+            if options.regrade:
+                groups = regrade(options, prompts, reward)
+            else:
+                groups = evaluate(options, folder, prompts, reward)
         except ValueError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

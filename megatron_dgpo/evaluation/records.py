@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ class SampleFile:
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
+        self._settings = dict(settings)
         self._rows: list[dict[str, Any]] = []
         if path.exists() and path.stat().st_size:
             self._read(settings)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({_HEADER: dict(settings)}) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({_HEADER: self._settings}) + "\n", encoding="utf-8")
 
     def _read(self, settings: Mapping[str, Any]) -> None:
         text = self.path.read_bytes()
@@ -70,9 +72,21 @@ class SampleFile:
 
     def append(self, group: Group, answers: Sequence[str | None]) -> None:
         """Write a group's samples and flush them; `answers`: canonical, one a sample."""
-        rows = [_row(s, a) for s, a in zip(group.samples, answers, strict=True)]
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            file.write(_lines(group, answers))
+
+    def rewrite(self, groups: Sequence[tuple[Group, Sequence[str | None]]]) -> None:
+        """Put these in place of all samples; the file is the old one until the new one is complete."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({_HEADER: self._settings}) + "\n")
+            file.writelines(_lines(group, answers) for group, answers in groups)
+        os.replace(partial, self.path)
+
+
+def _lines(group: Group, answers: Sequence[str | None]) -> str:
+    rows = [_row(s, a) for s, a in zip(group.samples, answers, strict=True)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _row(sample: Sample, answer: str | None) -> dict[str, Any]:
