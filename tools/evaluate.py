@@ -71,6 +71,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
     parser.add_argument("--batch-size", type=int, default=256, help="samples together, embedded engine")
     parser.add_argument("--url", nargs="+", default=[], help="SGLang servers that run already")
+    parser.add_argument(
+        "--servers-load",
+        action="store_true",
+        help="servers read the weights from MODEL's folder, not from a broadcast of\n"
+        "this process, which the model may not fit; those of --url have done so",
+    )
     parser.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"))
     parser.add_argument("--server-tensor-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
@@ -83,6 +89,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--k {options.k}: at least 1")
     if options.regrade and options.out is None:
         parser.error("--regrade needs --out, the samples to grade")
+    if options.servers_load and options.engine != "sglang":
+        parser.error("--servers-load needs --engine sglang")
+    if options.servers_load and is_checkpoint(options.model):
+        parser.error(
+            f"--servers-load: SGLang reads Hugging Face folders, and {options.model} is a checkpoint"
+        )
     return options
 
 
@@ -166,12 +178,12 @@ def _embedded(
 def _sglang(
     options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
 ) -> SGLangEngine:
-    """Servers with the weights, proved by the probe."""
-    shape = ModelShape.from_folder(folder)
-    model = build_model(shape, ParallelConfig(), groups, params_dtype=_DTYPES[options.dtype])
-    convert.load_folder(model, groups, options.model)
+    """Servers with the weights: broadcast from here and proved by the probe, or their own."""
+    shape, own = ModelShape.from_folder(folder), options.servers_load
     launch = LaunchConfig(
-        python=options.sglang_python, tensor_parallel_size=options.server_tensor_parallel_size
+        python=options.sglang_python,
+        tensor_parallel_size=options.server_tensor_parallel_size,
+        args={"load_format": "auto"} if own else {},
     )
     config, sync = SGLangConfig(urls=tuple(options.url), launch=launch), SyncConfig()
     fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
@@ -185,12 +197,27 @@ def _sglang(
         max_positions=shape.max_positions,
     )
     try:
-        score = partial(score_sequences, Frozen(model, groups), max_tokens=8192)
-        WeightSync(model, groups, engine, sync, score).push(0)
+        if own:
+            engine.adopt(0)
+        else:
+            _broadcast(options, shape, groups, engine, sync)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def _broadcast(
+    options: argparse.Namespace,
+    shape: ModelShape,
+    groups: platform.Groups,
+    engine: SGLangEngine,
+    sync: SyncConfig,
+) -> None:
+    model = build_model(shape, ParallelConfig(), groups, params_dtype=_DTYPES[options.dtype])
+    convert.load_folder(model, groups, options.model)
+    score = partial(score_sequences, Frozen(model, groups), max_tokens=8192)
+    WeightSync(model, groups, engine, sync, score).push(0)
 
 
 def evaluate(options: argparse.Namespace, folder: Path, prompts: list[Prompt], reward: Reward) -> list[Group]:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
+RECIPE = (QUICKSTART / "dgpo.toml", Path(__file__).with_name("run.toml"))
 HELDOUT = 256
 """Problems that no training prompt is among: the first half for tuning, the rest for reporting."""
 EVALUATIONS = 5
@@ -73,7 +74,8 @@ class Experiments:
         (data / "reporting.jsonl").write_text("".join(rows[HELDOUT // 2 :]))
         words = ["--model.path", str(data / "model"), "--data.train", json.dumps([str(data / "sft.jsonl")])]
         words += ["--run.seed", str(index), *self.scale.sft_words]
-        torchrun("megatron_dgpo.sft", QUICKSTART / "sft.toml", folder / "sft", words, log)
+        words += ["--parallel.tensor_model_parallel_size", "1"]
+        torchrun("megatron_dgpo.sft", (QUICKSTART / "sft.toml",), folder / "sft", words, log)
         (folder / "done").touch()
 
     def make_run(self, run: Run) -> None:
@@ -81,10 +83,10 @@ class Experiments:
         if (folder / "reporting.json").exists():
             return
         scale = self.scale
-        words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed), "--run.quiet", "true"]
-        words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS)), "--evaluation.k", "4"]
+        words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
+        words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
         words += self._start(run.seed, evaluate=True)
-        torchrun("megatron_dgpo.train", QUICKSTART / "dgpo.toml", folder, [*words, *ARMS[run.arm]])
+        torchrun("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
         if run.arm == DAPO:
             step = step_at(folder, scale)
             self._evaluate(folder / "checkpoints" / f"step_{step:08d}", run, "equal_samples.json")
@@ -116,8 +118,8 @@ class Experiments:
         if (folder / "done").exists():
             return
         words = ["--train.steps", str(self.scale.timed_steps), "--run.seed", str(round_)]
-        words += ["--run.quiet", "true", *self._start(round_, evaluate=False), *ARMS[arm]]
-        torchrun("megatron_dgpo.train", QUICKSTART / "dgpo.toml", folder, words)
+        words += [*self._start(round_, evaluate=False), *ARMS[arm]]
+        torchrun("megatron_dgpo.train", RECIPE, folder, words)
         (folder / "done").touch()
 
     def _parallel(

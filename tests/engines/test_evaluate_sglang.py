@@ -19,14 +19,16 @@ def test_greedy_samples_are_those_of_the_embedded_engine(
     write_tokenizer(model)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "answer": "1"}) + "\n" for p in PROMPTS))
+    own = ["--engine", "sglang", "--sglang-python", sglang_python]
+    engines = {"embedded": [], "broadcast": own, "servers' own": [*own, "--servers-load"]}
     found = {}
-    for engine in ("embedded", "sglang"):
-        out, metrics = tmp_path / f"{engine}.jsonl", tmp_path / f"{engine}.json"
+    for name, more in engines.items():
+        out, metrics = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
         words = [model, "--data", data, "--no-chat-template", "--k", 1, "--temperature", 0, "--out", out]
-        words += ["--max-new-tokens", 12, "--reward", "exact_match", "--json", metrics]
-        words += ["--engine", engine, "--sglang-python", sglang_python]
+        words += ["--max-new-tokens", 12, "--reward", "exact_match", "--json", metrics, *more]
         assert evaluate.main([*map(str, words)]) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
-        found[engine] = {row["question"]: (row["text"], row["token_ids"]) for row in rows}
+        found[name] = {row["question"]: (row["text"], row["token_ids"]) for row in rows}
         assert json.loads(metrics.read_text())["num_problems"] == len(PROMPTS)
-    assert found["sglang"] == found["embedded"] and set(found["sglang"]) == set(PROMPTS)
+    assert found["broadcast"] == found["servers' own"] == found["embedded"]
+    assert set(found["embedded"]) == set(PROMPTS)

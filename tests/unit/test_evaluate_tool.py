@@ -172,7 +172,12 @@ def test_refused(
 
 
 def test_refused_words(place: Path, capsys: Capsys) -> None:
-    for words, says in ((["--k", "0"], "--k 0: at least 1"), (["--regrade"], "--regrade needs --out")):
+    refused = {
+        "--k 0: at least 1": ["--k", "0"],
+        "--regrade needs --out": ["--regrade"],
+        "--servers-load needs --engine sglang": ["--servers-load"],
+    }
+    for says, words in refused.items():
         with pytest.raises(SystemExit):
             evaluate.main([str(place / "model"), "--data", "x.jsonl", *words])
         assert says in capsys.readouterr().err

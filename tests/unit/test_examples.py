@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_model, write_tokenizer
 
 from megatron_dgpo.cli import compose, keys, load, validate
 from megatron_dgpo.config import Config, SFTConfig
@@ -80,6 +83,39 @@ def test_overrides_in_scripts_and_readmes_are_known(folder: Path) -> None:
     for file in (folder / "run.sh", folder / "README.md"):
         for key in re.findall(r"--([a-z_]+\.[a-z_.]+)", file.read_text()):
             assert key in known, f"{file.name}: {key}"
+
+
+def test_the_steps_around_the_math_recipes(tmp_path: Path) -> None:
+    """Data, import and evaluation as the recipes' scripts do them, on a tiny model and rows of our own."""
+    write_tokenizer(write_model(tmp_path / "model", tied=True))
+    rows = [{"prompt": f"{n}+{n}=", "answer": str(2 * n)} for n in range(8)]
+    source = tmp_path / "source.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0], {"prompt": "no answer"}]))
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    names = {"DATA": "train.parquet", "HELDOUT": "heldout.jsonl", "MEGATRON": "megatron", "OUT": "evaluation"}
+    environment = {
+        **os.environ,
+        **{key: str(tmp_path / name) for key, name in names.items()},
+        **{"SOURCE": str(source), "SOURCE_HELDOUT": str(source), "MODEL": str(tmp_path / "model")},
+        **{"ENGINE": "embedded", "DTYPE": "float32", "MAX_NEW_TOKENS": "8"},
+    }
+
+    def run(script: str, *words: str) -> str:
+        command = ["bash", str(EXAMPLES / script), *words]
+        done = subprocess.run(
+            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = run("prepare_math.sh")
+    assert said.count("8 problems") == 2 and said.count("8 of 8 gold answers are right") == 2
+    assert "left out, malformed: 1" in said and "left out, repeated: 1" in said
+    assert (tmp_path / "train.rejected.jsonl").is_file() and (tmp_path / "megatron").is_dir()
+    assert "is there" in run("prepare_math.sh")
+    said = run("evaluate_math.sh", "--k", "2")
+    assert "8 problems, 2 samples each" in said
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["num_samples"] == 16
 
 
 @pytest.fixture(scope="module")

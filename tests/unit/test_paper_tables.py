@@ -34,10 +34,10 @@ def parts() -> Any:
 
 
 def test_every_arm_is_a_config_that_a_run_accepts(parts: Any) -> None:
-    recipe = str(EXAMPLE.parent / "quickstart" / "dgpo.toml")
+    recipe = [str(path) for path in parts["experiments"].RECIPE]
     kinds = {}
     for name, words in parts["arms"].ARMS.items():
-        raw, problems = compose([recipe, *words, "--parallel.tensor_model_parallel_size", "1"], Config)
+        raw, problems = compose([*recipe, *words], Config)
         assert not problems
         config = validate(raw, Config)
         found = [p for p in check_all(config, 1) if not isinstance(p, Absent)]

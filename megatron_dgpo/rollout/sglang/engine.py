@@ -135,6 +135,10 @@ class SGLangEngine:
 
     # --- weights ----------------------------------------------------------------------------------
 
+    def adopt(self, version: int) -> None:
+        """The servers hold the right weights already, from their own start: they are this version."""
+        self._version = self.client.version = version
+
     def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> None:
         """Give every server the weights; collective over all ranks.
 
