@@ -20,6 +20,18 @@ HELDOUT = 256
 EVALUATIONS = 5
 """Of a run on the tuning prompts, beside the one at its start."""
 TIMEOUT_SECONDS = 3600.0
+REPORTING, EQUAL_SAMPLES = "reporting", "equal_samples"
+"""What is scored: a run's policy, and DAPO's when it had drawn as many samples as the others."""
+TOP_PS = (0.7, 1.0)
+"""The paper's, at which this task is nearly solved, and the one that the policy is trained with."""
+EVALUATE = """
+import json, sys
+sys.path.insert(0, "tools")
+import evaluate
+for words in json.loads(sys.argv[1]):
+    if status := evaluate.main(words):
+        sys.exit(status)
+"""
 
 
 class Experiments:
@@ -79,18 +91,22 @@ class Experiments:
         (folder / "done").touch()
 
     def make_run(self, run: Run) -> None:
-        folder = self.run_folder(run)
-        if (folder / "reporting.json").exists():
+        """Train, unless that is done, and score the policy; DAPO's also after as many samples."""
+        folder, scale = self.run_folder(run), self.scale
+        names = (REPORTING, EQUAL_SAMPLES) if run.arm == DAPO else (REPORTING,)
+        if all(scored(folder, name) for name in names):
             return
-        scale = self.scale
-        words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
-        words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
-        words += self._start(run.seed, evaluate=True)
-        torchrun("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
+        if not (folder / "trained").exists():
+            words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
+            words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
+            words += self._start(run.seed, evaluate=True)
+            torchrun("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
+            (folder / "trained").touch()
+        models = {REPORTING: folder / "hf"}
         if run.arm == DAPO:
             step = step_at(folder, scale)
-            self._evaluate(folder / "checkpoints" / f"step_{step:08d}", run, "equal_samples.json")
-        self._evaluate(folder / "hf", run, "reporting.json")
+            models[EQUAL_SAMPLES] = folder / "checkpoints" / f"step_{step:08d}"
+        self._score(models, run)
 
     def _start(self, seed: int, *, evaluate: bool) -> list[str]:
         cold = self.folder / f"coldstart{self.scale.cold_start(seed)}"
@@ -98,14 +114,20 @@ class Experiments:
         words = ["--model.path", str(cold / "sft" / "hf"), "--evaluation.data", json.dumps(heldout)]
         return [*words, "--data.train", json.dumps([str(cold / "data" / "train.jsonl")])]
 
-    def _evaluate(self, model: Path, run: Run, name: str) -> None:
-        """The paper's protocol on the reporting prompts."""
+    def _score(self, models: dict[str, Path], run: Run) -> None:
+        """Each model on the reporting prompts at each top-p, in one process: its imports take longer than
+        the samples do."""
         data = self.folder / f"coldstart{self.scale.cold_start(run.seed)}" / "data" / "reporting.jsonl"
+        common = ["--data", str(data), "--reward", "hash_answer", "--max-new-tokens", "96"]
+        common += ["--k", str(self.scale.samples_per_problem), "--resamples", "1000"]
         folder = self.run_folder(run)
-        words = ["--data", str(data), "--reward", "hash_answer", "--max-new-tokens", "96"]
-        words += ["--k", str(self.scale.samples_per_problem), "--json", str(folder / name)]
-        tool = str(ROOT / "tools" / "evaluate.py")
-        command([sys.executable, tool, str(model), *words, "--resamples", "1000"], folder / "log.txt")
+        calls = [
+            [str(model), *common, "--top-p", str(top_p), "--json", str(score_file(folder, name, top_p))]
+            for name, model in models.items()
+            for top_p in TOP_PS
+            if not score_file(folder, name, top_p).exists()
+        ]
+        command([sys.executable, "-c", EVALUATE, json.dumps(calls)], folder / "log.txt")
 
     def _timings(self) -> Iterable[tuple[str, Callable[[], None]]]:
         """Round by round, so that whatever slows the machine for a while meets every algorithm."""
@@ -157,6 +179,14 @@ def command(words: Sequence[str], log: Path) -> None:
 
 
 # --- what a run left ------------------------------------------------------------------------------------
+
+
+def score_file(folder: Path, name: str, top_p: float) -> Path:
+    return folder / f"{name}-top_p_{top_p}.json"
+
+
+def scored(folder: Path, name: str) -> bool:
+    return all(score_file(folder, name, top_p).exists() for top_p in TOP_PS)
 
 
 def metrics(folder: Path, phase: str) -> list[dict[str, float]]:

@@ -11,10 +11,19 @@ from typing import Any
 
 import numpy as np
 from arms import ARMS, DAPO, TIMED, Run
-from experiments import Experiments, metrics, samples_by_step
+from experiments import (
+    EQUAL_SAMPLES,
+    REPORTING,
+    TOP_PS,
+    Experiments,
+    metrics,
+    samples_by_step,
+    score_file,
+    scored,
+)
 from scipy import stats
 
-EQUAL_SAMPLES = "dapo, equal samples"
+DAPO_EQUAL = "dapo, equal samples"
 LEVEL = 0.95
 WARM_STEPS = 2
 """Left out of timings: the first steps of a run."""
@@ -22,7 +31,8 @@ WARM_STEPS = 2
 
 @dataclass
 class Outcome:
-    """Of one run. Scores are on the reporting prompts, in [0, 1]; the curve is on the tuning prompts."""
+    """Of one run. Scores are on the reporting prompts, in [0, 1]: `avg` at top-p 1, `paper_avg`, `cons` and
+    `pass` at the paper's 0.7. The curve is on the tuning prompts, at top-p 1."""
 
     arm: str
     seed: int
@@ -43,25 +53,24 @@ def read(experiments: Experiments) -> list[Outcome]:
     scale, found = experiments.scale, []
     wanted = dict.fromkeys(scale.first_runs())
     wanted |= dict.fromkeys(Run(arm, seed) for arm in ARMS for seed in scale.seeds)
+    k = scale.samples_per_problem
     for run in wanted:
         folder = experiments.run_folder(run)
-        if not (folder / "reporting.json").exists():
+        if not scored(folder, REPORTING):
             continue
         cold = scale.cold_start(run.seed)
-        outcome = Outcome(
-            run.arm, run.seed, cold, _scores(folder / "reporting.json", scale.samples_per_problem)
-        )
+        outcome = Outcome(run.arm, run.seed, cold, _scores(folder, REPORTING, k))
         _add_history(outcome, folder, scale.prompts_per_step, scale.samples_per_prompt)
         found.append(outcome)
         if run.arm == DAPO:
-            scores = _scores(folder / "equal_samples.json", scale.samples_per_problem)
-            found.append(Outcome(EQUAL_SAMPLES, run.seed, cold, scores))
+            found.append(Outcome(DAPO_EQUAL, run.seed, cold, _scores(folder, EQUAL_SAMPLES, k)))
     return found
 
 
-def _scores(path: Path, k: int) -> dict[str, float]:
-    values = json.loads(path.read_text())
-    return {name: values[f"{name}@{k}"] for name in ("avg", "cons", "pass")}
+def _scores(folder: Path, name: str, k: int) -> dict[str, float]:
+    paper, full = (json.loads(score_file(folder, name, top_p).read_text()) for top_p in TOP_PS)
+    scores = {of: paper[f"{of}@{k}"] for of in ("cons", "pass")}
+    return {"avg": full[f"avg@{k}"], "paper_avg": paper[f"avg@{k}"], **scores}
 
 
 def _add_history(outcome: Outcome, folder: Path, prompts: int, samples: int) -> None:
@@ -118,7 +127,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired(outcomes: Sequence[Outcome], arm: str, base: str, seeds: Sequence[int]) -> Estimate:
-    """Of the difference arm - base in Avg@k between runs of the same seed and cold start (paired t-test)."""
+    """Of the difference arm - base in `avg` between runs of the same seed and cold start (paired t-test)."""
     values, against = by_seed(outcomes, arm), by_seed(outcomes, base)
     return estimate([values[seed] - against[seed] for seed in seeds])
 

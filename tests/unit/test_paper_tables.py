@@ -100,13 +100,17 @@ def write_run(folder: Path, arms: Any, run: Any, score: float) -> None:
             row["explained_variance"] = 0.1 * step
         rows += [row, {"phase": "eval", "step": step, "avg@4": tuning}]
     write_rows(folder, rows)
-    names = ["reporting.json"]
+    experiments = sys.modules["experiments"]
+    names = [experiments.REPORTING]
     if run.arm == arms.DAPO:
-        names.append("equal_samples.json")
+        names.append(experiments.EQUAL_SAMPLES)
         for step in (1, 2):
             (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
     for name in names:
-        (folder / name).write_text(json.dumps({f"{of}@32": score for of in ("avg", "cons", "pass")}))
+        for top_p in experiments.TOP_PS:  # what decides is at top-p 1
+            value = score if top_p == 1.0 else 0.99
+            scores = {f"{of}@32": value for of in ("avg", "cons", "pass")}
+            experiments.score_file(folder, name, top_p).write_text(json.dumps(scores))
 
 
 def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -143,10 +147,10 @@ def test_verdicts_follow_the_paired_tests(written: Any) -> None:
     _, text, _ = written
     rows = table(text, "## Tables 1 and 2")
     assert rows["DGPO, the paper's tau = 1"][-1] == "better"
-    assert rows["DGPO, the paper's tau = 1"][4].startswith("+0.099 [+0.09")
+    assert rows["DGPO, the paper's tau = 1"][5].startswith("+0.099 [+0.09")
     assert rows["DAPO, as many steps"][-1] == "tie"
     assert rows["DGPO, tau = 0.1 (tuned)"][-1] in ("tie", "worse")
-    assert rows["GRPO"][-4:] == ["", "", "", ""]
+    assert rows["GRPO"][-4:] == ["", "", "", ""] and rows["GRPO"][1:4] == ["0.990"] * 3
     assert "DAPO drew 2.00 times" in text
 
 
