@@ -161,12 +161,14 @@ class Experiments:
 # --- commands ------------------------------------------------------------------------------------------
 
 
-def torchrun(module: str, config: Path, folder: Path, words: Sequence[str], log: Path | None = None) -> None:
+def torchrun(
+    module: str, recipe: Sequence[Path], folder: Path, words: Sequence[str], log: Path | None = None
+) -> None:
     """A run of one process in `folder`, which goes on where it was ended."""
     folder.mkdir(parents=True, exist_ok=True)
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-    own = ["--resume", "--run.folder", str(folder), "--parallel.tensor_model_parallel_size", "1"]
-    command([*start, "-m", module, str(config), *own, *words], log or folder / "log.txt")
+    own = ["--resume", "--run.folder", str(folder)]
+    command([*start, "-m", module, *map(str, recipe), *own, *words], log or folder / "log.txt")
 
 
 def command(words: Sequence[str], log: Path) -> None:

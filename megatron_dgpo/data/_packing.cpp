@@ -1,10 +1,12 @@
-// The assignment of sequences to micro-batches; packing.py has the twin in Python and the words.
+// The assignment of sequences to micro-batches and of groups to replicas; packing.py and shares.py have the twins
+// in Python and the words.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <numeric>
 #include <optional>
@@ -18,6 +20,7 @@ namespace {
 
 using Bins = std::vector<std::vector<std::int64_t>>;
 using Lengths = std::vector<std::int64_t>;
+constexpr std::int64_t kToleranceInverse = 50;  // shares.py has it too
 
 void check(const Lengths& lengths, std::int64_t max_tokens, std::int64_t min_bins) {
     if (min_bins < 1) {
@@ -118,10 +121,72 @@ Bins balanced_bins(const Lengths& lengths, std::int64_t max_tokens, std::int64_t
     return *bins;
 }
 
+// The swap that brings a heavy and a light replica closest: indices, or nothing where none helps.
+std::optional<std::pair<std::size_t, std::size_t>> best_swap(const Lengths& lengths, const Lengths& targets,
+                                                             std::int64_t heavy, std::int64_t light,
+                                                             std::int64_t gap) {
+    std::optional<std::pair<std::size_t, std::size_t>> best;
+    std::int64_t best_left = gap;
+    for (std::size_t i = 0; i < lengths.size(); ++i) {
+        if (targets[i] != heavy) continue;
+        for (std::size_t j = 0; j < lengths.size(); ++j) {
+            if (targets[j] != light) continue;
+            const std::int64_t left = std::abs(gap - 2 * (lengths[i] - lengths[j]));
+            if (left < best_left) {
+                best_left = left;
+                best = {i, j};
+            }
+        }
+    }
+    return best;
+}
+
+Lengths balanced_shares(const Lengths& owners, const Lengths& lengths, std::int64_t replicas) {
+    const auto count = static_cast<std::int64_t>(owners.size());
+    if (replicas < 1 || count % replicas || owners.size() != lengths.size()) {
+        throw std::invalid_argument(std::to_string(count) + " groups with " + std::to_string(lengths.size()) +
+                                    " lengths cannot be shared equally by " + std::to_string(replicas) +
+                                    " replicas");
+    }
+    Lengths room(replicas, count / replicas), targets, loads(replicas, 0);
+    for (std::int64_t owner : owners) {
+        if (owner < 0 || owner >= replicas) {
+            throw std::invalid_argument("owner " + std::to_string(owner) + " is none of " +
+                                        std::to_string(replicas) + " replicas");
+        }
+        targets.push_back(room[owner] > 0 ? owner : -1);
+        if (room[owner] > 0) --room[owner];
+    }
+    std::int64_t free = 0, total = 0;
+    for (std::size_t i = 0; i < targets.size(); ++i) {
+        if (targets[i] < 0) {
+            while (room[free] == 0) ++free;
+            targets[i] = free;
+            --room[free];
+        }
+        loads[targets[i]] += lengths[i];
+        total += lengths[i];
+    }
+    while (true) {
+        const auto heavy = std::max_element(loads.begin(), loads.end()) - loads.begin();
+        const auto light = std::min_element(loads.begin(), loads.end()) - loads.begin();
+        const std::int64_t gap = loads[heavy] - loads[light];
+        if (gap * replicas * kToleranceInverse <= total) return targets;
+        const auto swap = best_swap(lengths, targets, heavy, light, gap);
+        if (!swap) return targets;
+        const std::int64_t moved = lengths[swap->first] - lengths[swap->second];
+        loads[heavy] -= moved;
+        loads[light] += moved;
+        std::swap(targets[swap->first], targets[swap->second]);
+    }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_packing, module) {
-    module.doc() = "Assigns sequences to token-budgeted micro-batches of similar size.";
+    module.doc() = "Assigns sequences to token-budgeted micro-batches, and groups to replicas, of similar size.";
     module.def("balanced_bins", &balanced_bins, pybind11::arg("lengths"), pybind11::arg("max_tokens"),
                pybind11::arg("min_bins") = 1, pybind11::call_guard<pybind11::gil_scoped_release>());
+    module.def("balanced_shares", &balanced_shares, pybind11::arg("owners"), pybind11::arg("lengths"),
+               pybind11::arg("replicas"), pybind11::call_guard<pybind11::gil_scoped_release>());
 }

@@ -14,6 +14,7 @@ from enum import Enum
 import torch.distributed as dist
 
 from megatron_dgpo import platform
+from megatron_dgpo.data.shares import balanced_shares
 from megatron_dgpo.types import Group
 
 Place = tuple[int, int]
@@ -78,7 +79,7 @@ class Selection:
         self._need_variance = need_variance
         self._dp = dp
         self._held: dict[Place, Group] = {}
-        self._chosen: list[tuple[Place, int]] = []
+        self._chosen: list[tuple[Place, int, int]] = []  # with the replica that has it, and its tokens
 
     @property
     def missing(self) -> int:
@@ -88,53 +89,49 @@ class Selection:
     def add(self, groups: Sequence[Group]) -> None:
         """Take this replica's groups of one more draw, of which it has every dp-th from its own number on;
         collective over the replicas."""
-        verdicts = [verdict(g, need_variance=self._need_variance) for g in groups]
-        by_replica = platform.gather_objects(verdicts, self._dp)
+        mine = [(verdict(g, need_variance=self._need_variance), _num_tokens(g)) for g in groups]
+        by_replica = platform.gather_objects(mine, self._dp)
         for position in range(sum(map(len, by_replica))):
             i, owner = divmod(position, len(by_replica))
-            found = by_replica[owner][i]
+            found, tokens = by_replica[owner][i]
             self.tally.verdicts[found] += 1
             if found is Verdict.USABLE and self.missing:
                 place = (self.tally.rounds, position)
-                self._chosen.append((place, owner))
+                self._chosen.append((place, owner, tokens))
                 if owner == self._dp.rank():
                     self._held[place] = groups[i]
         self.tally.rounds += 1
 
     def minibatches(self, size: int) -> list[list[Group]]:
-        """This replica's equal share of each mini-batch of `size` groups; collective over the replicas.
-
-        Where a replica has more of a mini-batch than its share, the last of them go to replicas that
-        have less; nothing else travels.
-        """
+        """This replica's share of each mini-batch of `size` groups: as many groups and about as many tokens
+        as the others have; collective over the replicas. Only what changes its replica travels."""
         me = self._dp.rank()
-        targets = deal([owner for _, owner in self._chosen], size, self._dp.size())
-        moved = {p for (p, owner), t in zip(self._chosen, targets, strict=True) if owner != t}
+        owners, tokens = [c[1] for c in self._chosen], [c[2] for c in self._chosen]
+        targets = deal(owners, tokens, size, self._dp.size())
+        moved = {p for (p, owner, _), t in zip(self._chosen, targets, strict=True) if owner != t}
         held = dict(self._held)
         if moved:
             for part in platform.gather_objects({p: g for p, g in held.items() if p in moved}, self._dp):
                 held.update(part)
-        placed = list(zip([p for p, _ in self._chosen], targets, strict=True))
+        placed = list(zip([c[0] for c in self._chosen], targets, strict=True))
         starts = range(0, len(placed), size)
         return [[held[p] for p, target in placed[s : s + size] if target == me] for s in starts]
 
 
-def deal(owners: Sequence[int], size: int, replicas: int) -> list[int]:
+def deal(owners: Sequence[int], tokens: Sequence[int], size: int, replicas: int) -> list[int]:
     """The replica that trains each group of a step, given the one that has it.
 
-    Each mini-batch of `size` groups is shared out equally. Raises ValueError where that cannot be.
+    Each mini-batch of `size` groups is shared out by itself (`balanced_shares`). Raises ValueError where
+    replicas cannot have equal numbers.
     """
     if size % replicas or len(owners) % size:
         raise ValueError(
             f"{len(owners)} groups, {size} a mini-batch, cannot be shared by {replicas} replicas"
         )
-    targets: list[int] = []
-    for start in range(0, len(owners), size):
-        room = [size // replicas] * replicas
-        kept: list[int | None] = []
-        for owner in owners[start : start + size]:
-            kept.append(owner if room[owner] else None)
-            room[owner] -= room[owner] > 0
-        free = iter([r for r in range(replicas) for _ in range(room[r])])
-        targets += [next(free) if target is None else target for target in kept]
-    return targets
+    parts = [slice(start, start + size) for start in range(0, len(owners), size)]
+    return [t for part in parts for t in balanced_shares(owners[part], tokens[part], replicas)]
+
+
+def _num_tokens(group: Group) -> int:
+    """That the trainer computes: prompt and response of every sample."""
+    return sum(len(s.prompt.token_ids) + len(s.token_ids) for s in group.samples)

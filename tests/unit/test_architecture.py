@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "algorithms": {"ops", "types", "config"},
     "mcore": SHARED,
     "weights": {"mcore", *SHARED},
-    "rollout": SHARED,
+    "rollout": SHARED | {"data"},
     "data": {"types", "config"},
     "rewards": {"types", "config"},
     "evaluation": {"rewards", "types"},
