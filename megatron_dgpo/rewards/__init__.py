@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_dgpo.rewards import exact, math_equivalence  # noqa: F401 - enter their rewards below
-from megatron_dgpo.rewards.base import Outcome, Reward, build_reward, register, reward_names
+from megatron_dgpo.rewards.base import Outcome, Reward, register
+from megatron_dgpo.rewards.build import build_reward, reward_names
 from megatron_dgpo.rewards.terms import Combined, build_term
 
 __all__ = [

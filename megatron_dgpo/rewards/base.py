@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 from megatron_dgpo.types import Sample
 
@@ -71,7 +71,8 @@ class Reward(ABC):
         self.close()
 
 
-_registry: dict[str, type[Reward]] = {}
+registry: dict[str, type[Reward]] = {}
+"""Name -> reward, as `register` enters them."""
 R = TypeVar("R", bound=type[Reward])
 
 
@@ -79,32 +80,8 @@ def register(name: str) -> Callable[[R], R]:
     """Class decorator: make a reward available to `build_reward` under `name`."""
 
     def enter(cls: R) -> R:
-        if _registry.setdefault(name, cls) is not cls:
-            raise ValueError(f"reward {name!r} is registered already, as {_registry[name].__qualname__}")
+        if registry.setdefault(name, cls) is not cls:
+            raise ValueError(f"reward {name!r} is registered already, as {registry[name].__qualname__}")
         return cls
 
     return enter
-
-
-def reward_names() -> list[str]:
-    return sorted(_registry)
-
-
-def build_reward(name: str, *, timeout_seconds: float = 10.0, num_workers: int = 0, **options: Any) -> Reward:
-    """The reward called `name`, or the function at "package.module:function".
-
-    A response that takes longer than `timeout_seconds` in one of the `num_workers` processes counts as
-    failed; with no workers scoring runs in the calling process and cannot be timed out.
-
-    Raises ValueError for an unknown name or option.
-    """
-    if ":" in name:
-        from megatron_dgpo.rewards.user import UserReward
-
-        return UserReward(name, timeout_seconds=timeout_seconds, num_workers=num_workers, **options)
-    if name not in _registry:
-        raise ValueError(f"unknown reward {name!r}, expected one of {reward_names()}")
-    try:
-        return _registry[name](timeout_seconds=timeout_seconds, num_workers=num_workers, **options)
-    except TypeError as error:
-        raise ValueError(f"reward {name!r} does not take the options {sorted(options)}: {error}") from error
