@@ -9,18 +9,25 @@ from pathlib import Path
 import evaluate
 from tiny import write_tokenizer
 
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+
 PROMPTS = ("abc", "1+2", "dog", "77", "a=b", "x.y,z")
 
 
 def test_greedy_samples_are_those_of_the_embedded_engine(
-    folders: dict[str, Path], sglang_python: Path, tmp_path: Path
+    folders: dict[str, Path], servers: dict[str, ServerProcess], sglang_python: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(folders["qwen2"], tmp_path / "model")
     write_tokenizer(model)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "answer": "1"}) + "\n" for p in PROMPTS))
-    own = ["--engine", "sglang", "--sglang-python", sglang_python]
-    engines = {"embedded": [], "broadcast": own, "servers' own": [*own, "--servers-load"]}
+    """Weights by broadcast to a server that starts without, and those that a server has from its start."""
+    sglang = ["--engine", "sglang"]
+    engines = {
+        "embedded": [],
+        "broadcast": [*sglang, "--sglang-python", sglang_python],
+        "servers' own": [*sglang, "--url", servers["qwen2"].url, "--servers-load"],
+    }
     found = {}
     for name, more in engines.items():
         out, metrics = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
