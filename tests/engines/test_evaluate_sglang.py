@@ -21,7 +21,6 @@ def test_greedy_samples_are_those_of_the_embedded_engine(
     write_tokenizer(model)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": p, "answer": "1"}) + "\n" for p in PROMPTS))
-    """Weights by broadcast to a server that starts without, and those that a server has from its start."""
     sglang = ["--engine", "sglang"]
     engines = {
         "embedded": [],

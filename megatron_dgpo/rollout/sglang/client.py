@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
@@ -74,6 +74,8 @@ class SGLangClient:
         self._dead: dict[str, str] = {}
         self.version = -1
         """Of the weights that the servers draw with, as the last sync left them."""
+        self.own_names: dict[str, int] = {}
+        """What servers call weights that no sync gave them, and the versions these count as."""
         self._loads: dict[str, int] = {}
         self._failures: dict[str, int] = {}
         self._in_flight: set[str] = set()
@@ -194,7 +196,7 @@ class SGLangClient:
             while sample.finish_reason is None:
                 before = self.version
                 url, answer = await self._ask(_request(sample), call)
-                sample.add(url, answer, (before, self.version))
+                sample.add(url, answer, (before, self.version), self.own_names)
             if sample.finish_reason != "abort":
                 return sample.finished(self._decode)
         raise BadAnswer(f"prompt {prompt.id!r}, sample {index}: aborted {_MAX_ABORTS} times")
@@ -390,7 +392,7 @@ class _Response:
         self._log_probs: list[float] = []
         self._spans: list[VersionSpan] = []
 
-    def add(self, url: str, answer: Any, versions: tuple[int, int]) -> None:
+    def add(self, url: str, answer: Any, versions: tuple[int, int], own_names: Mapping[str, int]) -> None:
         """Take an answer; `versions`: the weights in use when it was asked for, and now."""
         who = f"prompt {self.prompt.id!r}, sample {self.index}"
         try:
@@ -406,7 +408,7 @@ class _Response:
         if not ids:
             raise BadAnswer(f"{url}, {who}: no tokens")
         self._log_probs += _log_probs(url, who, ids, meta.get("output_token_logprobs") or [])
-        self._spans += _spans(url, who, meta, len(self.token_ids), len(ids), versions)
+        self._spans += _spans(url, who, meta, len(self.token_ids), len(ids), versions, own_names)
         self.token_ids += ids
         stopped_early = reason == "stop" and ids[-1] not in self.params.stop_token_ids
         if not stopped_early:
@@ -438,7 +440,13 @@ def _log_probs(url: str, who: str, ids: Sequence[int], entries: Sequence[Any]) -
 
 
 def _spans(
-    url: str, who: str, meta: dict[str, Any], start: int, count: int, versions: tuple[int, int]
+    url: str,
+    who: str,
+    meta: dict[str, Any],
+    start: int,
+    count: int,
+    versions: tuple[int, int],
+    own_names: Mapping[str, int],
 ) -> list[VersionSpan]:
     """Which weights drew which of an answer's `count` tokens, the first being the response's `start`.
 
@@ -448,10 +456,11 @@ def _spans(
     given = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": count}]
     spans = []
     for span in given:
-        version, low, high = span.get("version"), span.get("start"), span.get("end")
+        name, low, high = str(span.get("version")), span.get("start"), span.get("end")
+        version = str(own_names.get(name)) if own_names else name
         if not str(version).isdecimal() or not versions[0] <= int(version) <= versions[1]:
             raise BadAnswer(
-                f"{url}, {who}: drawn with weights of version {version!r}, not {versions[0]} to {versions[1]}"
+                f"{url}, {who}: drawn with weights of version {name!r}, not {versions[0]} to {versions[1]}"
             )
         spans.append(VersionSpan(int(version), start + low, start + high))
     return spans

@@ -15,6 +15,7 @@ from megatron_dgpo.config import SGLangConfig, SyncConfig
 from megatron_dgpo.rollout.engine import SamplingParams
 from megatron_dgpo.rollout.sglang.client import ServerGone, ServerTimeout, SGLangClient
 from megatron_dgpo.rollout.sglang.fleet import Fleet
+from megatron_dgpo.rollout.sglang.servers import weight_version
 from megatron_dgpo.rollout.sglang.session import UpdateSession
 from megatron_dgpo.rollout.sglang.transport import Broadcast, SharedMemory, Transport
 from megatron_dgpo.types import Group, Prompt, WeightBucket
@@ -136,7 +137,12 @@ class SGLangEngine:
     # --- weights ----------------------------------------------------------------------------------
 
     def adopt(self, version: int) -> None:
-        """The servers hold the right weights already, from their own start: they are this version."""
+        """The servers hold the right weights already, from their own start: they are this version.
+
+        Raises ServerFailed for a server that does not say what it calls them. A server that has others
+        later, by whatever hand, gives answers that raise BadAnswer.
+        """
+        self.client.own_names = {weight_version(url): version for url in self.client.live}
         self._version = self.client.version = version
 
     def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> None:
@@ -165,6 +171,7 @@ class SGLangEngine:
                 raise WeightUpdateFailed(f"weight version {version} did not arrive in {_ATTEMPTS} attempts")
         finally:
             self._version = self.client.version = version if complete else -1
+            self.client.own_names = {}
             if self._groups.rank == 0:
                 self._session.resume(abort=not complete)
             self.client.release()

@@ -298,6 +298,11 @@ def check_server(url: str, model_path: Path) -> int:
     return int(info.get("tp_size", 1))
 
 
+def weight_version(url: str) -> str:
+    """What a server calls the weights it has: what the last update named, or its own `--weight-version`."""
+    return str(_get(url, "/model_info", "/get_model_info").get("weight_version"))
+
+
 def workers_of_router(url: str) -> list[str]:
     """The servers behind an sglang-router. Raises ServerFailed where there are none."""
     found = _get(url, "/workers", "/list_workers")
