@@ -68,7 +68,7 @@ class Scale:
     cold_starts: int = 3
     main_seeds: int = 9
     ablation_seeds: int = 5
-    steps: int = 40
+    steps: int = 30
     samples_per_problem: int = 32
     timed_rounds: int = 3
     timed_steps: int = 12

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,6 +16,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
+sys.path += [str(ROOT / "tools"), str(QUICKSTART)]
 RECIPE = (QUICKSTART / "dgpo.toml", Path(__file__).with_name("run.toml"))
 HELDOUT = 256
 """Problems that no training prompt is among: the first half for tuning, the rest for reporting."""
@@ -24,14 +27,8 @@ REPORTING, EQUAL_SAMPLES = "reporting", "equal_samples"
 """What is scored: a run's policy, and DAPO's when it had drawn as many samples as the others."""
 TOP_PS = (0.7, 1.0)
 """The paper's, at which this task is nearly solved, and the one that the policy is trained with."""
-EVALUATE = """
-import json, sys
-sys.path.insert(0, "tools")
-import evaluate
-for words in json.loads(sys.argv[1]):
-    if status := evaluate.main(words):
-        sys.exit(status)
-"""
+PRELOAD = ["megatron_dgpo.sft", "megatron_dgpo.train", "matplotlib.pyplot", "scipy.stats"]
+"""Imported once by the server that forks the runs: it would take a fifth of each one's time."""
 
 
 class Experiments:
@@ -79,15 +76,15 @@ class Experiments:
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
         if not data.exists():
-            words = [str(QUICKSTART / "make_data.py"), "--out", str(data), "--seed", str(index)]
-            command([sys.executable, *words, "--heldout-prompts", str(HELDOUT)], log)
+            words = ["--out", str(data), "--seed", str(index), "--heldout-prompts", str(HELDOUT)]
+            command("make_data", words, log)
         rows = (data / "heldout.jsonl").read_text().splitlines(keepends=True)
         (data / "tuning.jsonl").write_text("".join(rows[: HELDOUT // 2]))
         (data / "reporting.jsonl").write_text("".join(rows[HELDOUT // 2 :]))
         words = ["--model.path", str(data / "model"), "--data.train", json.dumps([str(data / "sft.jsonl")])]
         words += ["--run.seed", str(index), *self.scale.sft_words]
         words += ["--parallel.tensor_model_parallel_size", "1"]
-        torchrun("megatron_dgpo.sft", (QUICKSTART / "sft.toml",), folder / "sft", words, log)
+        train("megatron_dgpo.sft", (QUICKSTART / "sft.toml",), folder / "sft", words, log)
         (folder / "done").touch()
 
     def make_run(self, run: Run) -> None:
@@ -100,7 +97,7 @@ class Experiments:
             words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
             words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
             words += self._start(run.seed, evaluate=True)
-            torchrun("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
+            train("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
             (folder / "trained").touch()
         models = {REPORTING: folder / "hf"}
         if run.arm == DAPO:
@@ -115,19 +112,17 @@ class Experiments:
         return [*words, "--data.train", json.dumps([str(cold / "data" / "train.jsonl")])]
 
     def _score(self, models: dict[str, Path], run: Run) -> None:
-        """Each model on the reporting prompts at each top-p, in one process: its imports take longer than
-        the samples do."""
+        """Each model on the reporting prompts at each top-p."""
         data = self.folder / f"coldstart{self.scale.cold_start(run.seed)}" / "data" / "reporting.jsonl"
         common = ["--data", str(data), "--reward", "hash_answer", "--max-new-tokens", "96"]
         common += ["--k", str(self.scale.samples_per_problem), "--resamples", "1000"]
         folder = self.run_folder(run)
-        calls = [
-            [str(model), *common, "--top-p", str(top_p), "--json", str(score_file(folder, name, top_p))]
-            for name, model in models.items()
-            for top_p in TOP_PS
-            if not score_file(folder, name, top_p).exists()
-        ]
-        command([sys.executable, "-c", EVALUATE, json.dumps(calls)], folder / "log.txt")
+        for name, model in models.items():
+            for top_p in TOP_PS:
+                file = score_file(folder, name, top_p)
+                if not file.exists():
+                    words = [str(model), *common, "--top-p", str(top_p), "--json", str(file)]
+                    command("evaluate", words, folder / "log.txt")
 
     def _timings(self) -> Iterable[tuple[str, Callable[[], None]]]:
         """Round by round, so that whatever slows the machine for a while meets every algorithm."""
@@ -141,7 +136,7 @@ class Experiments:
             return
         words = ["--train.steps", str(self.scale.timed_steps), "--run.seed", str(round_)]
         words += [*self._start(round_, evaluate=False), *ARMS[arm]]
-        torchrun("megatron_dgpo.train", RECIPE, folder, words)
+        train("megatron_dgpo.train", RECIPE, folder, words)
         (folder / "done").touch()
 
     def _parallel(
@@ -161,23 +156,38 @@ class Experiments:
 # --- commands ------------------------------------------------------------------------------------------
 
 
-def torchrun(
+def train(
     module: str, recipe: Sequence[Path], folder: Path, words: Sequence[str], log: Path | None = None
 ) -> None:
     """A run of one process in `folder`, which goes on where it was ended."""
     folder.mkdir(parents=True, exist_ok=True)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     own = ["--resume", "--run.folder", str(folder)]
-    command([*start, "-m", module, *map(str, recipe), *own, *words], log or folder / "log.txt")
+    command(module, [*map(str, recipe), *own, *words], log or folder / "log.txt")
 
 
-def command(words: Sequence[str], log: Path) -> None:
-    with log.open("a") as file:
-        done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, stdout=file, stderr=file, cwd=ROOT, timeout=TIMEOUT_SECONDS
-        )
-    if done.returncode:
-        raise RuntimeError(f"status {done.returncode} of: {' '.join(words)}\nits output: {log}")
+def command(module: str, words: Sequence[str], log: Path) -> None:
+    """A module's `main` with these words, in a process of its own that writes to `log`.
+
+    Raises RuntimeError where it ends with another status than 0, or takes more than TIMEOUT_SECONDS.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    process = context.Process(target=_main, args=(module, list(words), log))
+    process.start()
+    process.join(TIMEOUT_SECONDS)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    if process.exitcode:
+        raise RuntimeError(f"status {process.exitcode} of: {module} {' '.join(words)}\nits output: {log}")
+
+
+def _main(module: str, words: list[str], log: Path) -> None:
+    os.chdir(ROOT)
+    file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    for descriptor in (sys.stdout.fileno(), sys.stderr.fileno()):
+        os.dup2(file, descriptor)
+    sys.exit(importlib.import_module(module).main(words))
 
 
 # --- what a run left ------------------------------------------------------------------------------------

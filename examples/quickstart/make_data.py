@@ -20,7 +20,7 @@ import json
 import random
 import shutil
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -225,14 +225,14 @@ def make(out: Path, *, seed: int, traces: int, train_prompts: int, heldout_promp
     )
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--traces", type=int, default=20_000, help="supervised traces")
     parser.add_argument("--train-prompts", type=int, default=4_096)
     parser.add_argument("--heldout-prompts", type=int, default=256)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     for name in ("traces", "train_prompts", "heldout_prompts"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1")
