@@ -177,18 +177,21 @@ def test_equal_samples_are_no_more_than_the_others_have(parts: Any, written: Any
     assert step_at(made.run_folder(dapo), made.scale) == 1  # two draws a step: half of the steps
 
 
-def test_a_failed_command_stops_the_rest_and_names_its_log(parts: Any, tmp_path: Path) -> None:
+def test_a_failed_command_stops_the_rest_and_names_its_log(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     begun: list[int] = []
+    (tmp_path / "says_out.py").write_text("def main(argv):\n    print('out')\n    return int(argv[0])\n")
+    monkeypatch.syspath_prepend(tmp_path)
 
     def task(index: int) -> Any:
         def run() -> None:
             begun.append(index)
-            words = [sys.executable, "-c", f"import sys; print('out'); sys.exit({3 * (index == 1)})"]
-            parts["experiments"].command(words, tmp_path / f"{index}.txt")
+            parts["experiments"].command("says_out", [str(3 * (index == 1))], tmp_path / f"{index}.txt")
 
         return run
 
     made = parts["experiments"].Experiments(tmp_path, parts["arms"].QUICK, jobs=1)
-    with pytest.raises(RuntimeError, match=rf"status 3 of: .*\nits output: {tmp_path}/1.txt"):
+    with pytest.raises(RuntimeError, match=rf"status 3 of: says_out 3\nits output: {tmp_path}/1.txt"):
         made._parallel("runs", [(str(i), task(i)) for i in range(20)])
     assert len(begun) < 20 and (tmp_path / "1.txt").read_text() == "out\n"
