@@ -16,6 +16,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
+# Files of tests side by side, in their order: the long ones come early. (make test PYTEST_ARGS= : one by one)
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
@@ -25,7 +27,7 @@ quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(RUN) QUICKSTART_ENGINE=$(ENGINE) bash examples/quickstart/run.sh
 
 test: $(STAMP) $(SGLANG_STAMP)
-	$(RUN) pytest tests
+	$(RUN) pytest tests $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(RUN) ruff check .
