@@ -33,7 +33,7 @@ def kappa_arm(kappa: str, *, matched: bool = False) -> str:
 ARMS: dict[str, tuple[str, ...]] = {
     GRPO: ("--algorithm.name", "grpo"),
     # Its checkpoints are the policy at an equal number of samples.
-    DAPO: ("--algorithm.name", "dapo", "--checkpoint.every", "2", "--checkpoint.keep_last", "0"),
+    DAPO: ("--algorithm.name", "dapo", "--checkpoint.every", "1", "--checkpoint.keep_last", "0"),
     DGPO: (),  # the paper's: tau = 1, kappa = 1
     **{tau_arm(tau): ("--algorithm.tau", tau) for tau in TAUS[:-1]},
     **{kappa_arm(k): ("--algorithm.kappa", k) for k in KAPPAS if k != "1.0"},

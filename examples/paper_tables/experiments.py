@@ -88,17 +88,23 @@ class Experiments:
         (folder / "done").touch()
 
     def make_run(self, run: Run) -> None:
-        """Train, unless that is done, and score the policy; DAPO's also after as many samples."""
+        """Train, unless that is done, and score the policy; DAPO's also after as many samples.
+
+        Raises RuntimeError where the run that is there had other settings.
+        """
         folder, scale = self.run_folder(run), self.scale
         names = (REPORTING, EQUAL_SAMPLES) if run.arm == DAPO else (REPORTING,)
+        words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
+        words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
+        words += [*self._start(run.seed, evaluate=True), *ARMS[run.arm]]
+        settings, trained = "".join(f"{word}\n" for word in words), folder / "trained"
+        if trained.exists() and trained.read_text() != settings:
+            raise RuntimeError(f"{folder} is a run of other settings; give another folder with --out")
         if all(scored(folder, name) for name in names):
             return
-        if not (folder / "trained").exists():
-            words = ["--train.steps", str(scale.steps), "--run.seed", str(run.seed)]
-            words += ["--evaluation.every", str(max(1, scale.steps // EVALUATIONS))]
-            words += self._start(run.seed, evaluate=True)
-            train("megatron_dgpo.train", RECIPE, folder, [*words, *ARMS[run.arm]])
-            (folder / "trained").touch()
+        if not trained.exists():
+            train("megatron_dgpo.train", RECIPE, folder, words)
+            trained.write_text(settings)
         models = {REPORTING: folder / "hf"}
         if run.arm == DAPO:
             step = step_at(folder, scale)
@@ -211,17 +217,17 @@ def last_evaluation(folder: Path) -> float:
     return metrics(folder, "eval")[-1]["avg@4"]
 
 
-def samples_by_step(folder: Path, prompts_per_step: int, samples_per_prompt: int) -> list[float]:
+def samples_by_step(folder: Path, scale: Scale) -> list[float]:
     """Samples that a run had drawn after each step, those that dynamic sampling left out among them."""
     total, found = 0.0, []
     for row in metrics(folder, "train"):
-        total += row.get("groups_drawn", prompts_per_step) * samples_per_prompt
+        total += row.get("groups_drawn", scale.prompts_per_step) * scale.samples_per_prompt
         found.append(total)
     return found
 
 
 def step_at(folder: Path, scale: Scale) -> int:
     """The last checkpointed step of a DAPO run that had drawn no more samples than the others do."""
-    drawn = samples_by_step(folder, scale.prompts_per_step, scale.samples_per_prompt)
+    drawn = samples_by_step(folder, scale)
     steps = [int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*")]
     return max(step for step in steps if step == min(steps) or drawn[step - 1] <= scale.samples)

@@ -46,6 +46,7 @@ def write(experiments: Experiments) -> Path:
     figure(folder / "figure3.png", outcomes, experiments.scale, tau)
     parts = [
         heading(experiments.scale, machine),
+        findings(outcomes, experiments.scale, times),
         *main_tables(outcomes, experiments.scale, tau),
         *ablation_tables(outcomes, experiments.scale, tau),
         table6(times),
@@ -68,33 +69,76 @@ The quick start's task and model (151k parameters), {scale.steps} steps of {scal
 cold start, {k} samples each. Avg@{k} is at temperature 1.0 and top-p 1.0, as in training, and decides. The
 paper's protocol, top-p 0.7, comes after it (Avg, Cons, Pass); there this task is nearly solved. The main
 comparison has {scale.main_seeds} seeds over {scale.cold_starts} cold starts. The ablations have
-{scale.ablation_seeds} other seeds; with those, and on prompts of their own, tau is tuned.
+{scale.ablation_seeds} other seeds; tau is tuned with those, on prompts that no score here is from.
 
-Intervals are 95% (Student's t over seeds). Differences are paired by seed and cold start. `p` is the
-paired t-test's; `p (Holm)` is corrected for the tests of its table. Where it is below {ALPHA}, the verdict
-says better or worse, otherwise it is a tie."""
+Intervals are 95% (Student's t over seeds, uncorrected), so they hold for these cold starts and prompts.
+Differences are paired by seed and cold start. `p (Holm)` is the paired t-test's, corrected for the tests of
+its column. Where it is below {ALPHA}, the verdict says better or worse. Otherwise it is a tie: not told
+apart, which is no proof of being equal; the interval says how large a difference could still be."""
+
+
+# --- what replicates ------------------------------------------------------------------------------------
+
+
+def findings(outcomes: Sequence[Outcome], scale: Scale, times: dict[str, list[dict[str, float]]]) -> str:
+    """The paper's claims beside what came out here: yes, no (the opposite), or not told apart."""
+    main, others = list(scale.seeds), list(scale.tuning_seeds)
+    claims = [
+        ("DGPO is better than GRPO", DGPO, GRPO, main),
+        ("DAPO is better than GRPO, after as many steps", DAPO, GRPO, main),
+        ("DAPO is better than GRPO, after as many samples", DAPO_EQUAL, GRPO, main),
+        ("DGPO is better than DAPO, after as many steps", DGPO, DAPO, main),
+        ("DGPO is better than DAPO, after as many samples", DGPO, DAPO_EQUAL, main),
+        ("the entropy gate helps (tau = 1)", DGPO, kappa_arm("0.0"), others),
+        ("the entropy gate helps (equal concentration)", "matched", kappa_arm("0.0", matched=True), others),
+        ("Hellinger is better than reverse KL (tau = 1)", DGPO, "reverse_kl", others),
+        (
+            "Hellinger is better than reverse KL (equal concentration)",
+            "matched",
+            "matched reverse_kl",
+            others,
+        ),
+        ("tau = 1 is better than tau = 0.1", DGPO, tau_arm("0.1"), others),
+    ]
+    tests = [paired(outcomes, better, worse, seeds) for _, better, worse, seeds in claims]
+    corrected = holm([test.p for test in tests])
+    says = {"better": "yes", "worse": "no, the opposite", "tie": "not told apart"}
+    body = []
+    for (claim, *_), test, p in zip(claims, tests, corrected, strict=True):
+        verdict = _verdict(test, p)
+        body.append([claim, with_interval(test, sign="+"), _p(p), says.get(verdict, verdict)])
+    ratios = [d["time/step"] / g["time/step"] for d, g in zip(times[DGPO], times[GRPO], strict=True)]
+    body.append(["DGPO takes 1.04 of GRPO's time a step (3.6% more)", _spread(ratios), "", ""])
+    head = [
+        "the paper's claim",
+        f"here (difference in Avg@{scale.samples_per_problem})",
+        "p (Holm)",
+        "replicates",
+    ]
+    return f"## What replicates at this scale\n\n{markdown(head, body)}"
 
 
 # --- tables ---------------------------------------------------------------------------------------------
 
 
 def main_tables(outcomes: Sequence[Outcome], scale: Scale, tau: str) -> list[str]:
+    share = fmean(o.samples_drawn for o in outcomes if o.arm == DAPO_EQUAL) / scale.samples
     rows = [
         ("GRPO", GRPO),
         ("DAPO, as many steps", DAPO),
-        ("DAPO, as many samples", DAPO_EQUAL),
+        (f"DAPO, as many samples ({share:.2f} x)", DAPO_EQUAL),
         ("DGPO, the paper's tau = 1", DGPO),
     ]
     if tau != "1.0":
         rows.append((f"DGPO, tau = {tau} (tuned)", tau_arm(tau)))
     seeds = list(scale.seeds)
     title = f"## Tables 1 and 2: GRPO, DAPO and DGPO\n\n{scale.main_seeds} seeds."
-    compared = comparison(outcomes, rows, GRPO, seeds, scale.samples_per_problem)
+    compared = comparison(outcomes, rows, [GRPO, DAPO], seeds, scale.samples_per_problem)
     return [f"{title}\n\n{compared}", cold_starts(outcomes, rows, scale), share_of_samples(outcomes, scale)]
 
 
 def share_of_samples(outcomes: Sequence[Outcome], scale: Scale) -> str:
-    drawn = [o.curve[-1][1] / scale.samples for o in outcomes if o.arm == DAPO]
+    drawn = [o.samples_drawn / scale.samples for o in outcomes if o.arm == DAPO]
     text = f"DAPO drew {fmean(drawn):.2f} times the samples of the others in as many steps"
     return f"{text}. ![curves](figure3.png)\n\nFigure 3: tuning prompts, mean and 95% band over seeds."
 
@@ -118,54 +162,60 @@ def cold_starts(outcomes: Sequence[Outcome], rows: Rows, scale: Scale) -> str:
 
 def ablation_tables(outcomes: Sequence[Outcome], scale: Scale, tau: str) -> list[str]:
     seeds, k = list(scale.tuning_seeds), scale.samples_per_problem
-    given = [("DGPO", DGPO), ("without the entropy gate", kappa_arm("0.0")), ("reverse KL", "reverse_kl")]
-    matched = [
-        ("DGPO", "matched"),
-        ("without the entropy gate", kappa_arm("0.0", matched=True)),
-        ("reverse KL", "matched reverse_kl"),
-    ]
-    taus = [("GRPO", GRPO), *((f"tau = {t}", tau_arm(t)) for t in TAUS)]
-    n = f"{scale.ablation_seeds} seeds"
-    parts = [
+    grpo = ("GRPO", GRPO)
+    gates = [grpo, *_gate_rows(matched=False)]
+    matched_gates = [grpo, *_gate_rows(matched=True)]
+    taus = [grpo, *((f"tau = {t}", tau_arm(t)) for t in TAUS)]
+    kappas = [grpo, *((f"kappa = {x}", kappa_arm(x)) for x in KAPPAS)]
+    matched_kappas = [grpo, *((f"kappa = {x}", kappa_arm(x, matched=True)) for x in KAPPAS)]
+    n, matched = f"{scale.ablation_seeds} seeds", f"tau such that the effective token fraction is {FRACTION}:"
+    return [
         f"## Table 3: gate and distance\n\n{n}. The paper's settings (tau = 1):",
-        comparison(outcomes, given, DGPO, seeds, k),
-        f"tau found so that the effective token fraction is {FRACTION} for each:",
-        comparison(outcomes, matched, "matched", seeds, k),
-        "Against GRPO:",
-        comparison(outcomes, [("GRPO", GRPO), *matched], GRPO, seeds, k),
-        f"## Table 4: tau\n\n{n}, kappa = 1. The best on the tuning prompts is tau = {tau}.",
-        comparison(outcomes, taus, GRPO, seeds, k),
+        comparison(outcomes, gates, [GRPO, DGPO], seeds, k),
+        matched,
+        comparison(outcomes, matched_gates, [GRPO, "matched"], seeds, k),
+        f"## Table 4: tau\n\n{n}, kappa = 1. The best on the tuning prompts is tau = {tau}; it was chosen among"
+        " these runs, so the main comparison judges it.",
+        comparison(outcomes, taus, [GRPO], seeds, k),
         f"## Table 5: kappa\n\n{n}, tau = 1:",
-        comparison(outcomes, [(f"kappa = {x}", kappa_arm(x)) for x in KAPPAS], DGPO, seeds, k),
-        f"Effective token fraction {FRACTION}:",
+        comparison(outcomes, kappas, [GRPO, DGPO], seeds, k),
+        matched,
+        comparison(outcomes, matched_kappas, [GRPO, "matched"], seeds, k),
     ]
-    rows = [(f"kappa = {x}", kappa_arm(x, matched=True)) for x in KAPPAS]
-    return [*parts, comparison(outcomes, rows, "matched", seeds, k)]
 
 
-def comparison(outcomes: Sequence[Outcome], rows: Rows, base: str, seeds: Sequence[int], k: int) -> str:
-    """Scores of each arm and its paired difference to `base` on Avg@k, with a verdict."""
-    tests = {arm: paired(outcomes, arm, base, seeds) for _, arm in rows if arm != base}
-    corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
-    base_title = next(title for title, arm in rows if arm == base)
-    paper = [f"{name}@{k}, top-p 0.7" for name in ("Avg", "Cons", "Pass")]
-    head = ["", f"Avg@{k}", *paper, "effective fraction", f"Avg@{k} - {base_title}"]
+def _gate_rows(*, matched: bool) -> Rows:
+    return [
+        ("DGPO", kappa_arm("1.0", matched=matched)),
+        ("without the entropy gate", kappa_arm("0.0", matched=matched)),
+        ("reverse KL", "matched reverse_kl" if matched else "reverse_kl"),
+    ]
+
+
+def comparison(
+    outcomes: Sequence[Outcome], rows: Rows, bases: Sequence[str], seeds: Sequence[int], k: int
+) -> str:
+    """Scores of each arm and its paired difference to each of `bases` on Avg@k, with verdicts."""
+    head = ["", f"Avg@{k}", *(f"{name}@{k}, top-p 0.7" for name in ("Avg", "Cons", "Pass"))]
+    head.append("effective fraction")
     body = []
     for title, arm in rows:
         names = ("avg", "paper_avg", "cons", "pass")
         scores = [estimate([by_seed(outcomes, arm, name)[i] for i in seeds]) for name in names]
-        cells = [
-            with_interval(scores[0]),
-            *(f"{x.mean:.3f}" for x in scores[1:]),
-            _fraction(outcomes, arm, seeds),
-        ]
-        if arm in tests:
-            test, p = tests[arm], corrected[arm]
-            cells += [with_interval(test, sign="+"), _p(test.p), _p(p), _verdict(test, p)]
-        else:
-            cells += ["", "", "", ""]
-        body.append([title, *cells])
-    return markdown([*head, "p", "p (Holm)", "verdict"], body)
+        plain = (f"{x.mean:.3f}" for x in scores[1:])
+        body.append([title, with_interval(scores[0]), *plain, _fraction(outcomes, arm, seeds)])
+    titles = {arm: title for title, arm in rows}
+    for base in bases:
+        head += [f"Avg@{k} - {titles[base]}", "p (Holm)", "verdict"]
+        tests = {arm: paired(outcomes, arm, base, seeds) for _, arm in rows if arm != base}
+        corrected = dict(zip(tests, holm([test.p for test in tests.values()]), strict=True))
+        for cells, (_, arm) in zip(body, rows, strict=True):
+            if arm == base:
+                cells += ["", "", ""]
+            else:
+                test, p = tests[arm], corrected[arm]
+                cells += [with_interval(test, sign="+"), _p(p), _verdict(test, p)]
+    return markdown(head, body)
 
 
 def _fraction(outcomes: Sequence[Outcome], arm: str, seeds: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
-from arms import ARMS, DAPO, TIMED, Run
+from arms import ARMS, DAPO, TIMED, Run, Scale
 from experiments import (
     EQUAL_SAMPLES,
     REPORTING,
@@ -20,6 +20,7 @@ from experiments import (
     samples_by_step,
     score_file,
     scored,
+    step_at,
 )
 from scipy import stats
 
@@ -38,6 +39,8 @@ class Outcome:
     seed: int
     cold_start: int
     scores: dict[str, float]
+    samples_drawn: float = 0.0
+    """To train the policy, those that dynamic sampling left out among them."""
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     """Step, samples drawn, avg@4."""
     means: dict[str, float] = field(default_factory=dict)
@@ -60,10 +63,12 @@ def read(experiments: Experiments) -> list[Outcome]:
             continue
         cold = scale.cold_start(run.seed)
         outcome = Outcome(run.arm, run.seed, cold, _scores(folder, REPORTING, k))
-        _add_history(outcome, folder, scale.prompts_per_step, scale.samples_per_prompt)
+        _add_history(outcome, folder, scale)
         found.append(outcome)
         if run.arm == DAPO:
-            found.append(Outcome(DAPO_EQUAL, run.seed, cold, _scores(folder, EQUAL_SAMPLES, k)))
+            equal = Outcome(DAPO_EQUAL, run.seed, cold, _scores(folder, EQUAL_SAMPLES, k))
+            equal.samples_drawn = samples_by_step(folder, scale)[step_at(folder, scale) - 1]
+            found.append(equal)
     return found
 
 
@@ -73,8 +78,9 @@ def _scores(folder: Path, name: str, k: int) -> dict[str, float]:
     return {"avg": full[f"avg@{k}"], "paper_avg": paper[f"avg@{k}"], **scores}
 
 
-def _add_history(outcome: Outcome, folder: Path, prompts: int, samples: int) -> None:
-    drawn = [0.0, *samples_by_step(folder, prompts, samples)]
+def _add_history(outcome: Outcome, folder: Path, scale: Scale) -> None:
+    drawn = [0.0, *samples_by_step(folder, scale)]
+    outcome.samples_drawn = drawn[-1]
     for row in metrics(folder, "eval"):
         step = int(row["step"])
         outcome.curve.append((step, drawn[step], row["avg@4"]))

@@ -146,11 +146,15 @@ def table(text: str, after: str) -> dict[str, list[str]]:
 def test_verdicts_follow_the_paired_tests(written: Any) -> None:
     _, text, _ = written
     rows = table(text, "## Tables 1 and 2")
-    assert rows["DGPO, the paper's tau = 1"][-1] == "better"
+    assert rows["DGPO, the paper's tau = 1"][7] == "better"
     assert rows["DGPO, the paper's tau = 1"][5].startswith("+0.099 [+0.09")
-    assert rows["DAPO, as many steps"][-1] == "tie"
-    assert rows["DGPO, tau = 0.1 (tuned)"][-1] in ("tie", "worse")
-    assert rows["GRPO"][-4:] == ["", "", "", ""] and rows["GRPO"][1:4] == ["0.990"] * 3
+    assert rows["DAPO, as many steps"][7] == "tie"
+    assert rows["DGPO, tau = 0.1 (tuned)"][7] in ("tie", "worse")
+    assert "DAPO, as many samples (1.00 x)" in rows
+    claims = table(text, "## What replicates")
+    assert claims["DGPO is better than GRPO"][-1] == "yes"
+    assert claims["DAPO is better than GRPO, after as many steps"][-1] == "not told apart"
+    assert rows["GRPO"][5:8] == ["", "", ""] and rows["GRPO"][1:4] == ["0.990"] * 3
     assert "DAPO drew 2.00 times" in text
 
 
@@ -175,6 +179,14 @@ def test_equal_samples_are_no_more_than_the_others_have(parts: Any, written: Any
     made, _, _ = written
     step_at, dapo = parts["experiments"].step_at, parts["arms"].Run(parts["arms"].DAPO, 1)
     assert step_at(made.run_folder(dapo), made.scale) == 1  # two draws a step: half of the steps
+
+
+def test_a_run_of_other_settings_is_refused(parts: Any, written: Any) -> None:
+    made, _, _ = written
+    run = made.scale.first_runs()[0]
+    (made.run_folder(run) / "trained").write_text("--train.steps\n1\n")
+    with pytest.raises(RuntimeError, match=rf"{made.run_folder(run)} is a run of other settings"):
+        made.make_run(run)
 
 
 def test_a_failed_command_stops_the_rest_and_names_its_log(
