@@ -174,8 +174,8 @@ def ablation_tables(outcomes: Sequence[Outcome], scale: Scale, tau: str) -> list
         comparison(outcomes, gates, [GRPO, DGPO], seeds, k),
         matched,
         comparison(outcomes, matched_gates, [GRPO, "matched"], seeds, k),
-        f"## Table 4: tau\n\n{n}, kappa = 1. The best on the tuning prompts is tau = {tau}; it was chosen among"
-        " these runs, so the main comparison judges it.",
+        f"## Table 4: tau\n\n{n}, kappa = 1. The best on the tuning prompts is tau = {tau}; it was chosen"
+        " among these runs, so the main comparison judges it.",
         comparison(outcomes, taus, [GRPO], seeds, k),
         f"## Table 5: kappa\n\n{n}, tau = 1:",
         comparison(outcomes, kappas, [GRPO, DGPO], seeds, k),
