@@ -12,7 +12,7 @@ TUNED = "tuned"
 """DGPO at the tau that did best on the tuning prompts: one of TAUS."""
 
 TAUS = ("0.02", "0.05", "0.1", "0.5", "1.0")
-KAPPAS = ("0.0", "0.5", "1.0", "2.0")
+KAPPAS = ("0.0", "1.0", "2.0")
 FRACTION = "0.8"
 """The effective token fraction at which the matched ablations run, whatever tau that takes."""
 
