@@ -200,7 +200,7 @@ def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
     )
     prompts = prompts[: config.evaluation.max_problems or None]
     limit = ModelShape.from_folder(config.model.path).max_positions
-    if config.rollout.engine == "sglang":
+    if isinstance(config, Config) and config.rollout.engine == "sglang":
         limit -= RESERVED_POSITIONS
     for prompt in prompts:
         if (length := len(prompt.token_ids) + config.rollout.max_new_tokens) > limit:

@@ -194,10 +194,11 @@ def test_prompts_that_no_server_may_see_are_refused(prompt: Prompt, says: str, u
 def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
     """A server whose answers `handle` gives; its URL."""
 
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+
     async def serve() -> None:
-        app = web.Application(client_max_size=1 << 24)
-        app.router.add_route("*", "/{path:.*}", handle)
-        runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -214,6 +215,7 @@ def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
