@@ -205,6 +205,13 @@ def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
         ports.append(site._server.sockets[0].getsockname()[1])
         ready.set()
 
+    async def end() -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await runner.cleanup()
+
     ports: list[int] = []
     ready = threading.Event()
     loop = asyncio.new_event_loop()
@@ -215,7 +222,7 @@ def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(end(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
