@@ -6,13 +6,16 @@ Each check yields problems as "key: what is wrong and what would be right"; none
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import Field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from megatron_dgpo.config import Config, LaunchConfig, SFTConfig
+from megatron_dgpo.config import RESERVED_POSITIONS, Config, LaunchConfig, SFTConfig
 from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig
 from megatron_dgpo.config.sources import parse_source
 
@@ -32,7 +35,7 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
         problems += _batches(config, world_size // replica)
     problems += _model(config)
     if isinstance(config, Config) and config.rollout.engine == "sglang":
-        problems += _sglang(config)
+        problems += _sglang(config, world_size)
     if isinstance(config, Config):
         problems += _policies(config)
     return problems
@@ -86,7 +89,7 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"
 
 
-def _sglang(config: Config) -> Iterator[str]:
+def _sglang(config: Config, world_size: int) -> Iterator[str]:
     c, given = config.rollout.sglang, []
     if c.urls:
         given.append("rollout.sglang.urls")
@@ -105,9 +108,15 @@ def _sglang(config: Config) -> Iterator[str]:
     if isinstance(hf, dict) and not hf.get("architectures"):
         yield f"model.path: {config.model.path / 'config.json'} names no architectures, which SGLang asks for"
     yield from _launch(c.launch, managed=not given)
+    yield from _places(config, given, world_size)
     limit = config.parallel.timeout_seconds
+    if 2 * c.request_timeout_seconds > limit:
+        yield (
+            f"rollout.sglang.request_timeout_seconds: a sample that took {c.request_timeout_seconds:g} is "
+            f"drawn again, and the other ranks wait for parallel.timeout_seconds {limit}; use at most half "
+            "of that"
+        )
     for key, seconds in (
-        ("rollout.sglang.request_timeout_seconds", c.request_timeout_seconds),
         ("sync.timeout_seconds", config.sync.timeout_seconds),
         ("rollout.sglang.launch.startup_timeout_seconds", 0 if given else c.launch.startup_timeout_seconds),
     ):
@@ -116,6 +125,37 @@ def _sglang(config: Config) -> Iterator[str]:
                 f"{key}: {seconds:g} must be below parallel.timeout_seconds {limit}, or the ranks that wait "
                 "for this one give up first"
             )
+
+
+def _places(config: Config, given: list[str], world_size: int) -> Iterator[str]:
+    """Who can reach whom: `given` are the keys that name servers, none where the run starts them."""
+    c = config.rollout.sglang
+    on_this = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    urls = [url for url in (*c.urls, c.router) if url.startswith("http")]
+    near = [url for url in urls if _is_loopback(urlsplit(url).hostname or "")]
+    far = [url for url in urls if url not in near]
+    if on_this < world_size:
+        reach = f"{world_size - on_this} of the {world_size} ranks are on other machines"
+        if not given:
+            yield (
+                f"rollout.sglang.launch: {reach} and cannot reach servers that listen on rank 0's 127.0.0.1; "
+                "start servers yourself and name them in rollout.sglang.urls"
+            )
+        elif near:
+            yield f"{given[0]}: {reach}, where {near[0]} is another server; use a name that all can reach"
+    if far and _is_loopback(c.address):
+        yield (
+            f"rollout.sglang.address: {c.address!r} is where servers ask for weights, and {far[0]} would ask "
+            "its own machine; use 'hostname' or this machine's address (or 127.0.0.1 in the URL of a server "
+            "on this one)"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
@@ -234,6 +274,8 @@ def _model(config: AnyConfig) -> Iterator[str]:
                 f"rollout.max_new_tokens: with data.max_prompt_tokens it makes {wanted} tokens, "
                 f"and the model has {longest} positions"
             )
+        elif config.rollout.engine == "sglang":
+            yield from _room(config, wanted, longest)
         if wanted > config.train.max_tokens_per_microbatch:
             yield (
                 f"train.max_tokens_per_microbatch: {config.train.max_tokens_per_microbatch} does not hold "
@@ -243,6 +285,22 @@ def _model(config: AnyConfig) -> Iterator[str]:
         yield (
             f"data.max_tokens: {config.data.max_tokens} is above the model's {longest} positions or "
             f"train.max_tokens_per_microbatch {config.train.max_tokens_per_microbatch}"
+        )
+
+
+def _room(config: Config, wanted: int, positions: int) -> Iterator[str]:
+    """Whether the servers' context and cache, as far as they are known, hold the longest sequence."""
+    c = config.rollout.sglang
+    limits = {f"the model's {positions} positions": positions}
+    if not (c.urls or c.router):
+        for name in ("context_length", "max_total_tokens"):
+            if type(value := c.launch.args.get(name)) is int:
+                limits[f"rollout.sglang.launch.args.{name} {value}"] = value
+    what = min(limits, key=limits.__getitem__)
+    if wanted > limits[what] - RESERVED_POSITIONS:
+        yield (
+            f"rollout.max_new_tokens: with data.max_prompt_tokens it makes {wanted} tokens; of {what}, "
+            f"SGLang keeps {RESERVED_POSITIONS} free"
         )
 
 

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, validate
-from megatron_dgpo.config import Config
+from megatron_dgpo.config import RESERVED_POSITIONS, Config
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
@@ -200,11 +200,13 @@ def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
     )
     prompts = prompts[: config.evaluation.max_problems or None]
     limit = ModelShape.from_folder(config.model.path).max_positions
+    if isinstance(config, Config) and config.rollout.engine == "sglang":
+        limit -= RESERVED_POSITIONS
     for prompt in prompts:
         if (length := len(prompt.token_ids) + config.rollout.max_new_tokens) > limit:
             raise ValueError(
                 f"evaluation.data, {prompt.id}: {len(prompt.token_ids)} tokens and rollout.max_new_tokens "
-                f"make {length}, and the model has {limit} positions"
+                f"make {length}, and the model has {limit} positions for them"
             )
     return prompts
 

@@ -185,7 +185,10 @@ def _sglang(
         tensor_parallel_size=options.server_tensor_parallel_size,
         args={"load_format": "auto"} if own else {},
     )
-    config, sync = SGLangConfig(urls=tuple(options.url), launch=launch), SyncConfig()
+    config, sync = (
+        SGLangConfig(urls=tuple(options.url), launch=launch, request_timeout_seconds=540),
+        SyncConfig(),
+    )
     fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
     engine = SGLangEngine(
         fleet,

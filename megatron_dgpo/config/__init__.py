@@ -97,6 +97,11 @@ class GenerationConfig(Section):
     """Samples that a rank generates together in the embedded engine."""
 
 
+RESERVED_POSITIONS = 6
+"""Of its context, SGLang keeps one to itself and takes prompts that leave five more; a response that is
+continued is part of a prompt."""
+
+
 class LaunchConfig(Section):
     """Servers that the run starts on rank 0's machine, and ends."""
 
@@ -105,13 +110,14 @@ class LaunchConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     """GPUs of each server."""
     devices: Annotated[tuple[Count, ...], Field(strict=False)] = ()
-    """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: from 0 up."""
+    """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: from 0 up. With
+    CUDA_VISIBLE_DEVICES they count in its list, as the ranks' do."""
     python: Folder = Path(".venv-sglang/bin/python")
     """Interpreter of the environment that SGLang is installed in (`make sglang`)."""
     args: dict[str, Any] = {}
     """More arguments of sglang.launch_server by name, such as mem_fraction_static = 0.8."""
     startup_timeout_seconds: PositiveInt = 540
-    """How long a server may take until it answers."""
+    """How long the servers may take, side by side, until they answer."""
     max_restarts: Count = 3
     """How many times servers that died are started again, over the whole run."""
 
@@ -125,10 +131,12 @@ class SGLangConfig(Section):
     """Servers that the run starts."""
     max_concurrent_requests: PositiveInt = 256
     """Samples in flight at a server, from all ranks together."""
-    request_timeout_seconds: Positive = 540.0
-    """A sample that takes longer counts as a failure of its server."""
+    request_timeout_seconds: Positive = 270.0
+    """A sample that takes longer counts as a failure of its server, and is drawn again: at most half of
+    parallel.timeout_seconds, for which the other ranks wait."""
     retries: Count = 3
-    """How many times a request that failed is sent again, with growing pauses."""
+    """How many times a request that failed is sent to a server again, with growing pauses, until the server
+    counts as dead."""
     colocate: bool = False
     """The servers share the trainer's GPUs: they give up their memory while it trains, and weights go
     through shared memory (CUDA IPC) instead of a broadcast."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 import time
@@ -19,7 +20,8 @@ from conftest import CONFIG_EOS
 from tiny import VOCAB, hf_model
 
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
-from megatron_dgpo.rollout.sglang.client import BadAnswer, SGLangClient
+from megatron_dgpo.rollout.sglang import client as client_module
+from megatron_dgpo.rollout.sglang.client import BadAnswer, RouterFailed, SGLangClient
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
 from megatron_dgpo.types import Group, Prompt, Sample
 
@@ -157,7 +159,7 @@ def test_a_call_can_be_ended_early(urls: dict[str, str]) -> None:
     with client_of(urls["qwen2"], max_concurrency=2) as client:
         groups = client.generate(
             PROMPTS * 4,
-            SamplingParams(max_new_tokens=58, n=2),
+            SamplingParams(max_new_tokens=52, n=2),
             on_group=come.append,
             should_stop=lambda: len(come) >= 3,
         )
@@ -189,39 +191,26 @@ def test_prompts_that_no_server_may_see_are_refused(prompt: Prompt, says: str, u
 
 
 @contextmanager
-def between(url: str, fault: Callable[[int, dict[str, Any]], Any]) -> Iterator[str]:
-    """A server that passes everything on to the one at `url`, but for samples: `fault` gets each
-    request's number and the real answer, and says what to answer: a value, a web.Response, or None to
-    drop the connection."""
-    count = iter(range(1_000_000))
+def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
+    """A server whose answers `handle` gives; its URL."""
 
-    async def handle(request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        async with (
-            aiohttp.ClientSession() as session,
-            session.request(request.method, url + request.path, data=body, headers=_JSON) as real,
-        ):
-            text = await real.text()
-        if request.path != "/generate":
-            return web.Response(text=text, status=real.status, content_type="application/json")
-        answer = fault(next(count), json.loads(text))
-        if asyncio.iscoroutine(answer):
-            answer = await answer
-        if answer is None:
-            assert request.transport is not None
-            request.transport.close()
-            return web.Response()
-        return answer if isinstance(answer, web.Response) else web.json_response(answer)
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
 
     async def serve() -> None:
-        app = web.Application(client_max_size=1 << 24)
-        app.router.add_route("*", "/{path:.*}", handle)
-        runner = web.AppRunner(app)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         ports.append(site._server.sockets[0].getsockname()[1])
         ready.set()
+
+    async def end() -> None:
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await runner.cleanup()
 
     ports: list[int] = []
     ready = threading.Event()
@@ -233,12 +222,69 @@ def between(url: str, fault: Callable[[int, dict[str, Any]], Any]) -> Iterator[s
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
+        asyncio.run_coroutine_threadsafe(end(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
 
+async def passed_on(request: web.Request, url: str) -> tuple[int, str]:
+    """Status and text of what the server at `url` answers."""
+    body = await request.read()
+    async with (
+        aiohttp.ClientSession() as session,
+        session.request(request.method, url + request.path_qs, data=body, headers=_JSON) as real,
+    ):
+        return real.status, await real.text()
+
+
+def dropped(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.close()
+    return web.Response()
+
+
+@contextmanager
+def between(
+    url: str,
+    fault: Callable[[int, dict[str, Any]], Any],
+    *,
+    unknown: Sequence[str] = (),
+    alive: Callable[[], bool] = lambda: True,
+) -> Iterator[str]:
+    """A server that passes everything on to the one at `url`, but for samples: `fault` gets each
+    request's number and the real answer, and says what to answer: a value, a web.Response, or None to
+    drop the connection. It does not know the `unknown` paths, and drops all while not `alive`."""
+    count = itertools.count()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.path in unknown:
+            return web.Response(status=404)
+        if not alive():
+            return dropped(request)
+        status, text = await passed_on(request, url)
+        if request.path != "/generate":
+            return web.Response(text=text, status=status, content_type="application/json")
+        answer = fault(next(count), json.loads(text))
+        if asyncio.iscoroutine(answer):
+            answer = await answer
+        if answer is None:
+            return dropped(request)
+        return answer if isinstance(answer, web.Response) else web.json_response(answer)
+
+    with serving(handle) as own:
+        yield own
+
+
 _JSON = {"Content-Type": "application/json"}
 FEW = SamplingParams(max_new_tokens=6, n=2)
+
+
+def cut(answer: dict[str, Any], count: int) -> dict[str, Any]:
+    """An answer with this many tokens."""
+    meta = answer["meta_info"]
+    answer["output_ids"] = (answer["output_ids"] * 2)[:count]
+    meta["output_token_logprobs"] = (meta["output_token_logprobs"] * 2)[:count]
+    return answer
 
 
 def changed(**how: Any) -> Callable[[int, dict[str, Any]], Any]:
@@ -253,18 +299,66 @@ def changed(**how: Any) -> Callable[[int, dict[str, Any]], Any]:
     return fault
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        lambda number, answer: web.Response(status=500, text="oh") if number < 2 else answer,
-        lambda number, answer: None if number < 2 else answer,
-    ],
-    ids=["status 500", "connection dropped"],
-)
-def test_a_failure_that_passes_is_tried_again(fault: Any, urls: dict[str, str]) -> None:
-    with between(urls["qwen2"], fault) as url, client_of(url, max_concurrency=2) as client:
+@pytest.mark.parametrize("failure", [web.Response, lambda **_: None], ids=["status", "connection dropped"])
+def test_failures_of_requests_that_run_at_once_do_not_add_up(failure: Any, urls: dict[str, str]) -> None:
+    """All 12 requests are in flight when the server fails, and each may be sent again once."""
+    arrived, all_there = itertools.count(1), asyncio.Event()
+
+    async def blip() -> Any:
+        if next(arrived) == 12:
+            all_there.set()
+        await asyncio.wait_for(all_there.wait(), 30)
+        return failure(status=503, text="oh")
+
+    def fault(number: int, answer: Any) -> Any:
+        return blip() if number < 12 else answer
+
+    with between(urls["qwen2"], fault) as url, client_of(url, max_concurrency=12, retries=1) as client:
         groups = complete(client.generate(PROMPTS, FEW))
         assert [len(g.samples) for g in groups] == [2] * 6 and client.live == [url]
+
+
+def test_new_servers_do_not_undo_the_bound_on_requests(urls: dict[str, str]) -> None:
+    """`set_servers` comes while a request is in flight."""
+    active, peak = 0, 0
+
+    async def slow(answer: Any) -> Any:
+        nonlocal active, peak
+        active, peak = active + 1, max(peak, active + 1)
+        client.set_servers([url])
+        await asyncio.sleep(0.05)
+        active -= 1
+        return answer
+
+    with (
+        between(urls["qwen2"], lambda number, answer: slow(answer) if number < 4 else answer) as url,
+        client_of(url, max_concurrency=1) as client,
+    ):
+        complete(client.generate(PROMPTS, FEW))
+        complete(client.generate(PROMPTS[:2], FEW))
+    assert peak == 1
+
+
+def test_control_calls_do_not_meet_a_connection_that_was_closed_meanwhile() -> None:
+    """A server that answers one request a connection, and does not say so."""
+    seen: list[int] = []
+
+    async def once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append(1)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        await reader.read(1)  # the next request, or the end
+        writer.close()
+
+    async def serve() -> str:
+        server = await asyncio.start_server(once, "127.0.0.1", 0)
+        return f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+    with client_of() as client:
+        url = client._http.run(serve())
+        for _ in range(3):
+            assert client.submit(url, "/continue_generation", timeout=10).result() == {}
+    assert len(seen) == 3
 
 
 async def _late(answer: Any) -> Any:
@@ -304,6 +398,8 @@ def test_a_server_that_keeps_failing_is_left_out(fault: Any, says: str, urls: di
         (changed(weight_versions=[{"version": "4", "start": 0, "end": 6}]), "weights of version '4', not 0"),
         (changed(finish_reason={"type": "tired"}), "unknown finish reason 'tired'"),
         (lambda number, answer: web.Response(text="<html>"), "not a sample"),
+        (lambda number, answer: cut(answer, 4), "'length' after 4 of the 6 tokens asked for, 1 being given"),
+        (lambda number, answer: cut(answer, 7), "7 tokens, of 6 asked for"),
     ],
 )
 def test_an_answer_that_cannot_be_trusted_is_an_error(fault: Any, says: str, urls: dict[str, str]) -> None:
@@ -318,3 +414,144 @@ def test_an_aborted_sample_is_drawn_again(urls: dict[str, str]) -> None:
     with between(urls["qwen2"], fault) as url, client_of(url) as client:
         groups = complete(client.generate(PROMPTS, FEW))
     assert all(len(s.token_ids) == 6 and s.finish_reason == "length" for g in groups for s in g.samples)
+
+
+def test_aborts_without_end_are_an_error_with_the_servers_reason(
+    urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "_MAX_ABORTS", 2)
+
+    def fault(number: int, answer: dict[str, Any]) -> dict[str, Any]:
+        answer["meta_info"]["finish_reason"] = {"type": "abort", "message": "the queue is full"}
+        return answer
+
+    with between(urls["qwen2"], fault) as url, client_of(url) as client:
+        with pytest.raises(BadAnswer, match=f"{url}, .*aborted 2 times; .*the queue is full"):
+            client.generate(PROMPTS, FEW)
+
+
+def test_sequences_that_the_server_would_cut_short(urls: dict[str, str]) -> None:
+    """The client is told of more positions than the server has; it learns better, by asking or by the
+    answer."""
+    long = SamplingParams(max_new_tokens=LIMIT - 1)
+    with client_of(urls["qwen2"], max_positions=2 * LIMIT) as client:
+        with pytest.raises(
+            ValueError, match=f"prompt 'p0': 1 tokens .* exceed {LIMIT - 6}: .*{urls['qwen2']}"
+        ):
+            client.generate(PROMPTS[:1], long)
+    with (
+        between(urls["qwen2"], lambda number, answer: answer, unknown=["/server_info"]) as url,
+        client_of(url, max_positions=2 * LIMIT) as client,
+    ):
+        with pytest.raises(BadAnswer, match=f"{url}, .*after {LIMIT - 3} of the {LIMIT - 1} tokens"):
+            client.generate(PROMPTS[:1], long)
+
+
+def test_the_longest_sequence_that_is_let_through_comes_whole(urls: dict[str, str]) -> None:
+    """Also where it is continued near its end, with all but the last token as the prompt."""
+    params = SamplingParams(max_new_tokens=LIMIT - 6 - 6, n=32, stop_token_ids=(VOCAB - 1,))
+    with client_of(urls["ends"]) as client:
+        (group,) = complete(client.generate(PROMPTS[5:], params))
+    assert {len(s.token_ids) for s in group.samples if s.finish_reason == "length"} == {LIMIT - 12}
+    assert any(CONFIG_EOS in s.token_ids for s in group.samples)
+    with client_of(urls["ends"]) as client:
+        wide = Prompt("wide", (1,) * (LIMIT - 7), "", "")
+        (group,) = complete(client.generate([wide], SamplingParams(max_new_tokens=1)))
+    assert len(group.samples[0].token_ids) == 1
+
+
+# --- a router -----------------------------------------------------------------------------------------
+
+
+class Router:
+    """Answers as an sglang-router does: each sample by the next worker, 503 for one that does not answer.
+
+    Args:
+        names: how it wants a worker to be named that is taken out, which differs between releases.
+    """
+
+    def __init__(self, workers: Sequence[str], names: str = "id") -> None:
+        self.workers = dict(zip(("id-0", "id-1"), workers, strict=True))
+        self.names = names
+        self._turn = itertools.count()
+
+    async def handle(self, request: web.Request) -> web.Response:
+        known = self.workers if self.names == "id" else {url: url for url in self.workers.values()}
+        if request.path == "/generate":
+            workers = list(self.workers.values())
+            try:
+                status, text = await passed_on(request, workers[next(self._turn) % len(workers)])
+            except aiohttp.ClientError as error:
+                return web.Response(status=503, text=f"worker: {error}")
+            return web.Response(text=text, status=status, content_type="application/json")
+        if self.names == "query":
+            if (request.method, request.path) == ("POST", "/remove_worker"):
+                return self._remove(known, request.query["url"])
+        elif (request.method, request.path) == ("GET", "/workers"):
+            return web.json_response({"workers": [{"id": i, "url": url} for i, url in self.workers.items()]})
+        elif request.method == "DELETE" and request.path.startswith("/workers/"):
+            return self._remove(known, request.path.removeprefix("/workers/"))
+        return web.Response(status=404)
+
+    def _remove(self, known: dict[str, str], name: str) -> web.Response:
+        if name not in known:
+            return web.Response(status=400, text="no such worker")
+        self.workers = {i: url for i, url in self.workers.items() if url != known[name]}
+        return web.json_response({"status": "accepted"}, status=202)
+
+
+def counted(seen: list[int]) -> Callable[[int, dict[str, Any]], Any]:
+    def fault(number: int, answer: dict[str, Any]) -> dict[str, Any]:
+        seen.append(number)
+        return answer
+
+    return fault
+
+
+@pytest.mark.parametrize("names", ["id", "url", "query"])
+def test_a_worker_that_dies_behind_a_router_is_taken_out(names: str, urls: dict[str, str]) -> None:
+    first: list[int] = []
+    with (
+        between(urls["qwen2"], counted(first), alive=lambda: len(first) < 4) as mortal,
+        serving((router := Router([mortal, urls["ends"]], names)).handle) as url,
+        client_of(mortal, urls["ends"], generate_url=url, max_concurrency=2) as client,
+    ):
+        groups = complete(client.generate(PROMPTS * 2, FEW))
+        assert [len(g.samples) for g in groups] == [2] * 12
+        assert all(len(s.token_ids) == 6 for g in groups for s in g.samples)
+        assert client.live == [urls["ends"]] and mortal in client.dead
+        assert list(router.workers.values()) == [urls["ends"]]
+        assert len(first) >= 4
+
+
+def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(urls: dict[str, str]) -> None:
+    with (
+        between(urls["qwen2"], lambda number, answer: _late(answer) if number == 1 else answer) as worker,
+        serving(Router([worker, urls["ends"]]).handle) as url,
+        client_of(worker, urls["ends"], generate_url=url, request_timeout=2) as client,
+    ):
+        groups = complete(client.generate(PROMPTS, FEW))
+        assert [len(g.samples) for g in groups] == [2] * 6
+        assert client.live == [worker, urls["ends"]]
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        (lambda number, answer: web.Response(status=500, text="oh no"), "answered 500: oh no; sent 3 times"),
+        (lambda number, answer: _late(answer), "no answer to /generate in 1 s; sent 2 times"),
+    ],
+    ids=["status 500", "slow"],
+)
+def test_a_router_that_keeps_failing_is_named(fault: Any, says: str, urls: dict[str, str]) -> None:
+    with (
+        between(urls["qwen2"], fault) as one,
+        between(urls["ends"], fault) as two,
+        serving(Router([one, two]).handle) as url,
+        client_of(one, two, generate_url=url, request_timeout=1) as client,
+    ):
+        with pytest.raises(
+            RouterFailed, match=f"(?s)router {url}.*{says}.*its workers are well: {one}, {two}"
+        ):
+            client.generate(PROMPTS, FEW)
+        assert client.live == [one, two]

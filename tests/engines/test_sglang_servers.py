@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
     ServerProcess,
+    answers,
     check_server,
     command_line,
+    visible_devices,
     workers_of_router,
 )
 
@@ -70,3 +78,146 @@ def test_what_is_no_server_is_said_so(servers: dict[str, ServerProcess], folders
 def test_arguments_become_options() -> None:
     given = {"tp_size": 2, "disable_radix_cache": True, "quiet": False, "cuda_graph_bs": [1, 2], "x": None}
     assert command_line(given) == ["--tp-size", "2", "--disable-radix-cache", "--cuda-graph-bs", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_a_proxy_of_the_environment_is_not_asked(
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: dict[str, Path],
+    servers: dict[str, ServerProcess],
+) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert answers(servers["qwen2"].url + "/health")
+    assert check_server(servers["qwen2"].url, folders["qwen2"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("inherited", "devices", "number", "size", "wanted"),
+    [
+        (None, (), 0, 2, "0,1"),
+        (None, (), 1, 2, "2,3"),
+        (None, (4, 5, 6, 7), 1, 2, "6,7"),
+        ("4,5,6,7", (), 0, 2, "4,5"),
+        ("4,5,6,7", (), 1, 2, "6,7"),
+        ("4,5,6,7", (2, 3), 0, 2, "6,7"),
+        ("GPU-a, MIG-b,GPU-c", (2, 1), 1, 1, "MIG-b"),
+    ],
+)
+def test_devices_are_places_among_the_runs_own(
+    inherited: str | None, devices: tuple[int, ...], number: int, size: int, wanted: str
+) -> None:
+    assert visible_devices(inherited, devices, number=number, size=size) == wanted
+
+
+def test_a_device_that_the_run_does_not_have_is_named() -> None:
+    says = "launch.devices: server 1 is to have GPU 2, and CUDA_VISIBLE_DEVICES=4,5 leaves the run 2, counted"
+    with pytest.raises(ServerFailed, match=says):
+        visible_devices("4,5", (), number=1, size=2)
+
+
+# --- stand-ins for SGLang's interpreter ---------------------------------------------------------------
+
+ORPHAN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+here = Path(__file__).parent
+tries = len(list(here.glob("*.pid")))
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(300)"
+orphan = subprocess.Popen([sys.executable, "-c", child])
+(here / f"{tries}.pid").write_text(str(orphan.pid))
+"""
+"""A process that leaves a child behind which SIGTERM does not end."""
+BUSY = "[Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use"
+"""As SGLang 0.5.23 says it, half a minute after its start."""
+
+
+@contextmanager
+def stand_in(folder: Path, tmp_path: Path, code: str, first: str = ORPHAN) -> Iterator[ServerProcess]:
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\n{first}{code}")
+    python.chmod(0o700)
+    server = start(folder, LaunchConfig(python=python), tmp_path / "log")
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def orphans(tmp_path: Path) -> list[int]:
+    return sorted(int(file.read_text()) for file in tmp_path.glob("*.pid"))
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_children_of_a_server_that_ended_by_itself_end_too(
+    reaped: bool, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with stand_in(folders["qwen2"], tmp_path, "sys.exit(1)") as server:
+        deadline = time.monotonic() + 20
+        ended = False
+        while not ended and time.monotonic() < deadline:  # without reaping it
+            ended = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
+            time.sleep(0.02)
+        assert ended and not (reaped and server.is_alive())
+        (orphan,) = orphans(tmp_path)
+        assert psutil.pid_exists(orphan)
+    assert not psutil.pid_exists(orphan)
+
+
+def test_children_that_ignore_the_end_of_their_server_end_too(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with stand_in(folders["qwen2"], tmp_path, "time.sleep(300)"):
+        deadline = time.monotonic() + 20
+        while not orphans(tmp_path) and time.monotonic() < deadline:
+            time.sleep(0.02)
+    (orphan,) = orphans(tmp_path)
+    assert not psutil.pid_exists(orphan)
+
+
+def test_a_server_whose_port_was_taken_meanwhile_gets_another(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """And nothing is left of the first try."""
+    serve = """
+if tries == 0:
+    sys.exit(BUSY)
+from http.server import BaseHTTPRequestHandler, HTTPServer
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
+""".replace("BUSY", repr(BUSY))
+    with stand_in(folders["qwen2"], tmp_path, serve) as server:
+        server.wait_ready(30)
+        assert answers(server.url + "/health")
+        first, second = (int((tmp_path / f"{k}.pid").read_text()) for k in (0, 1))
+        assert not psutil.pid_exists(first) and psutil.pid_exists(second)
+    assert not psutil.pid_exists(second)
+
+
+def test_another_failure_is_not_taken_for_a_port_in_use(folders: dict[str, Path], tmp_path: Path) -> None:
+    error = "import torch: CUDA out of memory, 79 GiB memory in use; port 30000"
+    with stand_in(folders["qwen2"], tmp_path, f"sys.exit({error!r})") as server:
+        with pytest.raises(ServerFailed, match="(?s)ended with status 1.*79 GiB memory in use"):
+            server.wait_ready(30)
+        assert len(orphans(tmp_path)) == 1
+
+
+def test_servers_that_start_side_by_side_share_their_time(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The ranks wait for all of them in one collective."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with (
+        stand_in(folders["qwen2"], tmp_path / "a", "time.sleep(300)", "import time\n") as one,
+        stand_in(folders["qwen2"], tmp_path / "b", "time.sleep(300)", "import time\n") as two,
+    ):
+        with pytest.raises(ServerFailed, match="did not answer in 3 s"):
+            one.wait_ready(3)
+        began = time.monotonic()
+        with pytest.raises(ServerFailed, match="did not answer in 3 s"):
+            two.wait_ready(3)
+        assert time.monotonic() - began < 2.5

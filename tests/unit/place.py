@@ -7,7 +7,8 @@ from pathlib import Path
 from launch import ROOT
 
 EXAMPLES = ROOT / "examples" / "quickstart"
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+TORCHRUN += ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_ERROR_FILE")
 
 
 class Place:

@@ -61,7 +61,7 @@ def test_plan_of_the_7b_recipe() -> None:
     assert "ranks: 8 = tensor 4 x pipeline 1 x context 1 x data 2" in text
     assert "512 prompts x 16 = 8,192 samples; 4,096 a replica, 1,024 a rank" in text
     assert "64 prompts = 1,024 samples, 512 a replica; 8 updates a step, 1,600 in 200 steps" in text
-    assert "at most 4,096 a sample, 33,554,432 a step, 16,777,216 a replica" in text
+    assert "at most 4,090 a sample, 33,505,280 a step, 16,752,640 a replica" in text
     assert "2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7" in text
     # 7.6156e9 / 4 parameters: 2 and 4 bytes of each, and 12 of every second one.
     assert "about 3.55 GiB of weights, 7.09 of gradients and 10.6 of Adam's state: 21.3 GiB" in text

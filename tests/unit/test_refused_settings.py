@@ -23,6 +23,7 @@ class Case:
     """How the one error line goes on."""
     module: str = "train"
     world_size: int = 1
+    local_world_size: int | None = None
     hf: dict[str, Any] = field(default_factory=dict)
     """Fields of the model folder's config.json to change; None takes one away."""
     files: dict[str, str | None] = field(default_factory=dict)
@@ -236,6 +237,48 @@ SETTINGS = {
     "no architectures": Case(
         SGLANG, "model.path: {folder}/model/config.json names no architectures", hf={"architectures": None}
     ),
+    "impatience": Case(
+        [*SGLANG, "--rollout.sglang.request_timeout_seconds", 61],
+        "rollout.sglang.request_timeout_seconds: a sample that took 61 is drawn again, and the other ranks "
+        "wait for parallel.timeout_seconds 120; use at most half of that",
+    ),
+    "servers far from other ranks": Case(
+        SGLANG,
+        "rollout.sglang.launch: 1 of the 2 ranks are on other machines and cannot reach servers that listen "
+        "on rank 0's 127.0.0.1; start servers yourself and name them in rollout.sglang.urls",
+        world_size=2,
+        local_world_size=1,
+    ),
+    "a server near every rank": Case(
+        [*SGLANG, "--rollout.sglang.urls", '["http://localhost:30000"]'],
+        "rollout.sglang.urls: 1 of the 2 ranks are on other machines, where http://localhost:30000 is",
+        world_size=2,
+        local_world_size=1,
+    ),
+    "weights from the server's own machine": Case(
+        [*SGLANG, "--rollout.sglang.urls", f'["{URL}", "http://10.0.0.5:30000"]'],
+        "rollout.sglang.address: '127.0.0.1' is where servers ask for weights, and http://10.0.0.5:30000 "
+        "would ask its own machine; use 'hostname' or",
+    ),
+    "weights from the router's machine": Case(
+        [*SGLANG, "--rollout.sglang.router", "http://router:30000"],
+        "rollout.sglang.address: '127.0.0.1' is where servers ask for weights, and http://router:30000 would",
+    ),
+    "all of the positions": Case(
+        [*SGLANG, "--rollout.max_new_tokens", 256 - 64],
+        "rollout.max_new_tokens: with data.max_prompt_tokens it makes 256 tokens; of the model's 256 "
+        "positions, SGLang keeps 6 free",
+    ),
+    "a small cache": Case(
+        [*SGLANG, "--rollout.sglang.launch.args.max_total_tokens", 165],
+        "rollout.max_new_tokens: with data.max_prompt_tokens it makes 160 tokens; of rollout.sglang.launch."
+        "args.max_total_tokens 165, SGLang keeps 6 free",
+    ),
+    "a small context": Case(
+        [*SGLANG, "--rollout.sglang.launch.args.context_length", 165],
+        "rollout.max_new_tokens: with data.max_prompt_tokens it makes 160 tokens; of rollout.sglang.launch."
+        "args.context_length 165, SGLang keeps 6 free",
+    ),
     "patience": Case(
         [*SGLANG, "--sync.timeout_seconds", 6000],
         "sync.timeout_seconds: 6000 must be below parallel.timeout_seconds",
@@ -408,6 +451,7 @@ def test_settings(
             (place.folder / path).write_text(text)
     before = sorted(place.folder.rglob("*"))
     monkeypatch.setenv("WORLD_SIZE", str(case.world_size))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(case.local_world_size or case.world_size))
     with pytest.raises(SystemExit) as caught:
         parse(place.words(case.module, *case.words), Config if case.module == "train" else SFTConfig)
     assert caught.value.code == 2

@@ -1,31 +1,34 @@
 """Samples from SGLang servers: token ids in, token ids and log-probs out.
 
 One request a sample, so that a failed one is drawn again alone; a prompt's samples share its prefix in
-the server's cache. Requests go to the least loaded server. A server that fails is left out, and what
-it had not finished is drawn by the others.
+the server's cache. Requests go to the least loaded server, or to a router in front of the servers. A
+server that fails is left out, and what it had not finished is drawn by the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 from uuid import uuid4
 
+from megatron_dgpo.config import RESERVED_POSITIONS
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.sglang.answers import BadAnswer, Response, log_probs, request
+from megatron_dgpo.rollout.sglang.router import RouterFailed, take_out
 from megatron_dgpo.rollout.sglang.web import Http, ServerError, ServerGone, ServerTimeout
-from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
+from megatron_dgpo.types import Group, Prompt, Sample
 
 log = logging.getLogger(__name__)
 
-__all__ = ["BadAnswer", "SGLangClient", "ServerError", "ServerGone", "ServerTimeout"]
+__all__ = ["BadAnswer", "RouterFailed", "SGLangClient", "ServerError", "ServerGone", "ServerTimeout"]
 
 _FIRST_PAUSE_SECONDS = 0.25
+_LONGEST_PAUSE_SECONDS = 4.0
 _HEALTH_TIMEOUT_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _SERVER_ERROR = 500
@@ -33,19 +36,18 @@ _MAX_ABORTS = 20
 """A sample that a sync aborts is drawn again; one that is aborted this often has another problem."""
 
 
-class BadAnswer(RuntimeError):
-    """A server's answer lacks what a sample needs; not repeated, since it would not get better."""
-
-
 class SGLangClient:
     """What one rank asks of the servers.
 
     Args:
         urls: of the servers, which control calls go to.
-        generate_url: where samples are drawn instead, such as a router in front of the servers.
+        generate_url: of a router in front of the servers, where samples are drawn instead.
         max_concurrency: samples in flight at a server, from this client.
-        request_timeout: seconds after which a sample's server counts as dead.
-        retries: how many failures in a row a server may have until it counts as dead.
+        request_timeout: seconds after which a sample's server counts as dead. Through a router, which does
+            not say who had a sample, only servers that fail their health check do; the sample is sent once
+            more.
+        retries: how many times one request that failed is sent to a server again, until the server counts
+            as dead.
         decode: token ids to text.
         vocab_size, max_positions: of the model. An id beyond the vocabulary would end the server.
     """
@@ -63,7 +65,7 @@ class SGLangClient:
         max_positions: int,
     ) -> None:
         self._http = Http()
-        self._generate_url = generate_url
+        self._router = generate_url
         self._max_concurrency = max_concurrency
         self._timeout = request_timeout
         self._retries = retries
@@ -76,8 +78,10 @@ class SGLangClient:
         """Of the weights that the servers draw with, as the last sync left them."""
         self.own_names: dict[str, int] = {}
         """What servers call weights that no sync gave them, and the versions these count as."""
-        self._loads: dict[str, int] = {}
-        self._failures: dict[str, int] = {}
+        self._loads: Counter[str] = Counter()
+        """Requests in flight by URL; not reset, since requests outlive a server's death."""
+        self._longest: dict[str, int] = {}
+        """Prompt and response together, in tokens, of servers that have said it."""
         self._in_flight: set[str] = set()
         self._changed = asyncio.Condition()
         self._held = False
@@ -98,17 +102,18 @@ class SGLangClient:
     def set_servers(self, urls: Sequence[str]) -> None:
         """Start afresh with these servers."""
         self._live, self._dead = list(urls), {}
-        self._loads = dict.fromkeys(urls, 0)
-        self._failures = dict.fromkeys(urls, 0)
+        self._longest = {url: n for url, n in self._longest.items() if url in self._live}
         self._wake()
 
     def mark_dead(self, url: str, reason: str) -> None:
-        """Send this server nothing any more."""
+        """Send this server nothing any more, neither directly nor through the router."""
         if url in self._live:
             self._live.remove(url)
             self._dead[url] = reason
             log.warning("SGLang server %s counts as dead: %s", url, reason)
             self._wake()
+            if self._router:
+                self._http.submit(take_out(self._http, self._router, url))
 
     def hold(self) -> None:
         """Send no new samples' requests until `release`; those that are in flight go on."""
@@ -165,7 +170,7 @@ class SGLangClient:
         for ids, answer in zip(token_ids, answers, strict=True):
             # The first token comes after nothing, and has none.
             entries = (answer.get("meta_info") or {}).get("input_token_logprobs") or []
-            out.append(_log_probs(url, "the probe", list(ids[1:]), entries[1:]))
+            out.append(log_probs(url, "the probe", list(ids[1:]), entries[1:]))
         return out
 
     # --- drawing ----------------------------------------------------------------------------------
@@ -183,37 +188,46 @@ class SGLangClient:
 
         Raises:
             EnginesLost: no server is left; it has the groups that are complete.
-            BadAnswer: an answer without log-probs, with ones that are not finite, or of other weights.
-            ValueError: for a prompt that is empty, too long or outside the vocabulary.
+            RouterFailed: samples do not come back through the router, and no server is to blame.
+            BadAnswer: an answer without log-probs, with ones that are not finite, of other weights, or cut
+                short.
+            ValueError: for a prompt that is empty, outside the vocabulary, or too long for the model or for a
+                server.
         """
+        self._http.run(self._ask_longest())
         self._check(prompts, params)
         return self._http.run(_Draw(self, prompts, params, on_progress, on_group).run(should_stop))
 
     async def draw(self, prompt: Prompt, index: int, params: SamplingParams, call: str) -> Sample:
         """One sample, whatever fails on the way; raises NoServer when none is left."""
-        for _ in range(_MAX_ABORTS):
-            sample = _Response(prompt, index, params)
+        for count in range(1, _MAX_ABORTS + 1):
+            sample = Response(prompt, index, params)
             while sample.finish_reason is None:
                 before = self.version
-                url, answer = await self._ask(_request(sample), call)
+                url, answer = await self._ask(request(sample), call)
                 sample.add(url, answer, (before, self.version), self.own_names)
             if sample.finish_reason != "abort":
                 return sample.finished(self._decode)
-        raise BadAnswer(f"prompt {prompt.id!r}, sample {index}: aborted {_MAX_ABORTS} times")
+            await _pause(count)
+        raise BadAnswer(
+            f"{url}, prompt {prompt.id!r}, sample {index}: aborted {_MAX_ABORTS} times; the last time: "
+            f"{sample.abort_message}"
+        )
 
     async def _ask(self, payload: dict[str, Any], call: str) -> tuple[str, Any]:
-        """A server and its answer; servers that fail are tried again, then left out."""
+        """Who answered, and the answer. A request that fails stays with its server until one of the two is
+        given up: then the server's other requests are not counted against it."""
+        url, failures = "", 0
         while True:
-            url = await self._acquire()
+            before, url = url, await self._acquire(url)
+            failures = failures if url == before else 0
             # Never the same twice: a server may not have noticed that the one before was given up.
             rid = f"{call}-{uuid4().hex}"
             self._in_flight.add(rid)
             try:
-                answer = await self._http.request(
-                    self._generate_url or url, "/generate", {**payload, "rid": rid}, timeout=self._timeout
+                return url, await self._http.request(
+                    url, "/generate", {**payload, "rid": rid}, timeout=self._timeout, fresh=False
                 )
-                self._failures[url] = 0
-                return url, answer
             except (ServerGone, ServerError) as error:
                 if isinstance(error, ServerError) and error.status < _SERVER_ERROR:
                     raise
@@ -221,24 +235,57 @@ class SGLangClient:
             finally:
                 self._in_flight.discard(rid)
                 await self._release(url)
-            await self._failed(url, failure)
+            failures += 1
+            if self._router:
+                failures = await self._failed_through_router(rid, failure, failures)
+            elif isinstance(failure, ServerTimeout) or failures > self._retries:
+                self.mark_dead(url, str(failure))
+                continue
+            else:
+                await self._check_health([url], failure)
+            log.info("%s; again after a pause", failure)
+            await _pause(failures)
 
-    async def _failed(self, url: str, error: ServerGone | ServerError) -> None:
-        """Wait before the next try, or give the server up."""
-        count = self._failures[url] = self._failures.get(url, 0) + 1
-        suspects = self.live if self._generate_url else [url]
-        if isinstance(error, ServerTimeout) or count > self._retries:
-            for suspect in suspects:
-                self.mark_dead(suspect, str(error))
-            return
-        for suspect in suspects:
-            try:
-                await self._http.request(suspect, "/health", timeout=_HEALTH_TIMEOUT_SECONDS, method="GET")
-            except (ServerGone, ServerError) as sick:
-                self.mark_dead(suspect, f"{error}; then {sick}")
-        pause = _FIRST_PAUSE_SECONDS * 2 ** (count - 1)
-        log.info("%s; again in about %.2g s", error, pause)
-        await asyncio.sleep(pause * random.uniform(0.5, 1.5))
+    async def _failed_through_router(self, rid: str, error: ServerGone | ServerError, failures: int) -> int:
+        """Find out who is to blame for a request's failure; how many are left to explain.
+
+        Raises RouterFailed where no server is, too often. A request that took too long is sent once more
+        only: the other ranks wait.
+        """
+        slow = isinstance(error, ServerTimeout)
+        if slow:
+            await self.abort([rid])
+        if await self._check_health(self.live, error):
+            return 0
+        if failures > (min(self._retries, 1) if slow else self._retries):
+            raise RouterFailed(
+                f"router {error}; sent {failures} times (rollout.sglang.retries, "
+                f"request_timeout_seconds), while its workers are well: {', '.join(self.live)}"
+            )
+        return failures
+
+    async def _check_health(self, urls: Sequence[str], error: Exception) -> bool:
+        """Whether any of these servers is dead, as their health checks say; those are marked."""
+        calls = [
+            self._http.request(url, "/health", timeout=_HEALTH_TIMEOUT_SECONDS, method="GET") for url in urls
+        ]
+        found = dict(zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True))
+        sick = {url: e for url, e in found.items() if isinstance(e, (ServerGone, ServerError))}
+        for url, reason in sick.items():
+            self.mark_dead(url, f"{error}; then {reason}")
+        return bool(sick)
+
+    async def _ask_longest(self) -> None:
+        """How long a sequence servers take; one that does not say is found out by its answers."""
+        urls = [url for url in self._live if url not in self._longest]
+        calls = [
+            self._http.request(url, "/server_info", timeout=_HEALTH_TIMEOUT_SECONDS, method="GET")
+            for url in urls
+        ]
+        for url, info in zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True):
+            longest = info.get("max_req_input_len") if isinstance(info, dict) else None
+            if isinstance(longest, int):
+                self._longest[url] = longest
 
     async def abort(self, rids: Sequence[str]) -> None:
         """End requests, wherever they are; failures do not matter."""
@@ -253,23 +300,29 @@ class SGLangClient:
         """Requests of a call that servers have and have not answered."""
         return [rid for rid in self._in_flight if rid.startswith(call)]
 
-    async def _acquire(self) -> str:
-        """The least loaded server, once it has room."""
+    async def _acquire(self, wanted: str) -> str:
+        """Where to send a request, once there is room: the router, else the wanted server if it lives,
+        else the least loaded one."""
         async with self._changed:
             while True:
                 if not self._live:
                     raise NoServer
                 if not self._held:
-                    url = min(self._live, key=lambda u: (self._loads[u], random.random()))
-                    if self._loads[url] < self._max_concurrency:
+                    room = self._max_concurrency
+                    if self._router:
+                        url, room = self._router, room * len(self._live)
+                    elif wanted in self._live:
+                        url = wanted
+                    else:
+                        url = min(self._live, key=lambda u: (self._loads[u], random.random()))
+                    if self._loads[url] < room:
                         self._loads[url] += 1
                         return url
                 await self._changed.wait()
 
     async def _release(self, url: str) -> None:
         async with self._changed:
-            if url in self._loads:
-                self._loads[url] -= 1
+            self._loads[url] -= 1
             self._changed.notify_all()
 
     # --- checks -----------------------------------------------------------------------------------
@@ -283,13 +336,24 @@ class SGLangClient:
             raise ValueError(f"{who} has token id {wrong}, outside the vocabulary of {self._vocab_size}")
 
     def _check(self, prompts: Sequence[Prompt], params: SamplingParams) -> None:
+        m = self._max_positions
+        limits = {f"the model's {m} positions, of which SGLang keeps some free": m - RESERVED_POSITIONS}
+        for url, n in self._longest.items():
+            limits[f"the {n} of {url} (by its context_length and max_total_tokens)"] = n
+        what = min(limits, key=limits.__getitem__)
         for prompt in prompts:
             self._check_tokens(prompt.token_ids, f"prompt {prompt.id!r}")
-            if len(prompt.token_ids) + params.max_new_tokens > self._max_positions:
+            if len(prompt.token_ids) + params.max_new_tokens > limits[what]:
                 raise ValueError(
                     f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens and max_new_tokens "
-                    f"{params.max_new_tokens} exceed the model's {self._max_positions} positions"
+                    f"{params.max_new_tokens} exceed {limits[what]}: {what}"
                 )
+
+
+async def _pause(count: int) -> None:
+    """Before the next try, after `count` that failed."""
+    longest = min(_FIRST_PAUSE_SECONDS * 2 ** (count - 1), _LONGEST_PAUSE_SECONDS)
+    await asyncio.sleep(longest * random.uniform(0.5, 1.5))
 
 
 class NoServer(RuntimeError):
@@ -356,111 +420,3 @@ class _Draw:
                 raise EnginesLost(f"no SGLang server is left: {dead}", self._groups)
             if should_stop is not None and should_stop():
                 return
-
-
-def _request(sample: _Response) -> dict[str, Any]:
-    """The rest of a sample, as /generate takes it."""
-    params, drawn = sample.params, len(sample.token_ids)
-    key = f"{params.seed}/{sample.index}/{drawn}/{sample.prompt.id}".encode()
-    return dict(
-        input_ids=[*sample.prompt.token_ids, *sample.token_ids],
-        sampling_params=dict(
-            max_new_tokens=params.max_new_tokens - drawn,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k or -1,
-            min_p=params.min_p,
-            stop_token_ids=list(params.stop_token_ids),
-            # With it SGLang looks at no stop token at all.
-            ignore_eos=not params.stop_token_ids,
-            # Taken by servers with deterministic inference only.
-            sampling_seed=int.from_bytes(hashlib.blake2b(key, digest_size=4).digest(), "little") >> 1,
-            skip_special_tokens=False,
-        ),
-        return_logprob=True,
-    )
-
-
-class _Response:
-    """A sample while it is drawn: more than one answer where a server stopped at an end-of-sequence
-    token of the model's own config, which the sampling does not count as one."""
-
-    def __init__(self, prompt: Prompt, index: int, params: SamplingParams) -> None:
-        self.prompt, self.index, self.params = prompt, index, params
-        self.token_ids: list[int] = []
-        self.finish_reason: Any = None
-        self._log_probs: list[float] = []
-        self._spans: list[VersionSpan] = []
-
-    def add(self, url: str, answer: Any, versions: tuple[int, int], own_names: Mapping[str, int]) -> None:
-        """Take an answer; `versions`: the weights in use when it was asked for, and now."""
-        who = f"prompt {self.prompt.id!r}, sample {self.index}"
-        try:
-            ids, meta = answer["output_ids"], answer["meta_info"]
-            reason = meta["finish_reason"]["type"]
-        except (TypeError, KeyError) as error:
-            raise BadAnswer(f"{url}, {who}: not a sample: {answer!r:.300}") from error
-        if reason not in ("stop", "length", "abort"):
-            raise BadAnswer(f"{url}, {who}: unknown finish reason {reason!r}")
-        if reason == "abort":
-            self.finish_reason = reason
-            return
-        if not ids:
-            raise BadAnswer(f"{url}, {who}: no tokens")
-        self._log_probs += _log_probs(url, who, ids, meta.get("output_token_logprobs") or [])
-        self._spans += _spans(url, who, meta, len(self.token_ids), len(ids), versions, own_names)
-        self.token_ids += ids
-        stopped_early = reason == "stop" and ids[-1] not in self.params.stop_token_ids
-        if not stopped_early:
-            self.finish_reason = reason
-        elif len(self.token_ids) >= self.params.max_new_tokens:
-            self.finish_reason = "length"
-
-    def finished(self, decode: Callable[[Sequence[int]], str]) -> Sample:
-        return Sample(
-            prompt=self.prompt,
-            index=self.index,
-            token_ids=self.token_ids,
-            log_probs=self._log_probs,
-            finish_reason=self.finish_reason,
-            weight_versions=tuple(self._spans),
-            text=decode(self.token_ids),
-        )
-
-
-def _log_probs(url: str, who: str, ids: Sequence[int], entries: Sequence[Any]) -> list[float]:
-    """The log-probs of `ids` out of SGLang's [log-prob, id, text] triples."""
-    if len(entries) != len(ids) or [e[1] for e in entries] != list(ids):
-        raise BadAnswer(f"{url}, {who}: log-probs of {len(entries)} tokens for {len(ids)}, or of others")
-    values = [e[0] for e in entries]
-    for t, value in enumerate(values):
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise BadAnswer(f"{url}, {who}: the log-prob of token {t} is {value!r}")
-    return values
-
-
-def _spans(
-    url: str,
-    who: str,
-    meta: dict[str, Any],
-    start: int,
-    count: int,
-    versions: tuple[int, int],
-    own_names: Mapping[str, int],
-) -> list[VersionSpan]:
-    """Which weights drew which of an answer's `count` tokens, the first being the response's `start`.
-
-    Raises BadAnswer for weights that no sync left there, such as those of a server that started anew.
-    """
-    # Releases before 0.5.21 name the version at the end only; they draw nothing during an update.
-    given = meta.get("weight_versions") or [{"version": meta.get("weight_version"), "start": 0, "end": count}]
-    spans = []
-    for span in given:
-        name, low, high = str(span.get("version")), span.get("start"), span.get("end")
-        version = str(own_names.get(name)) if own_names else name
-        if not str(version).isdecimal() or not versions[0] <= int(version) <= versions[1]:
-            raise BadAnswer(
-                f"{url}, {who}: drawn with weights of version {name!r}, not {versions[0]} to {versions[1]}"
-            )
-        spans.append(VersionSpan(int(version), start + low, start + high))
-    return spans

@@ -28,6 +28,8 @@ _REPORT_SECONDS = 15.0
 _END_SECONDS = 10.0
 _TAIL_LINES = 15
 _PORT_TRIES = 3
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Servers are asked directly, as samples are: a proxy of the environment does not lead to them."""
 _TORCHRUN = (
     "RANK",
     "WORLD_SIZE",
@@ -107,6 +109,7 @@ class ServerProcess:
         self._colocate = colocate
         self.log_file = log_file
         self._tries = 0
+        self._started = time.monotonic()
         self._start()
 
     @property
@@ -158,24 +161,27 @@ class ServerProcess:
         if not platform.has_gpu():
             return env | _CPU_ENVIRONMENT
         if not self._colocate:
-            size = self._launch.tensor_parallel_size
-            devices = self._launch.devices or range((self._number + 1) * size)
-            env["CUDA_VISIBLE_DEVICES"] = ",".join(
-                str(d) for d in devices[self._number * size : (self._number + 1) * size]
+            env["CUDA_VISIBLE_DEVICES"] = visible_devices(
+                env.get("CUDA_VISIBLE_DEVICES"),
+                self._launch.devices,
+                number=self._number,
+                size=self._launch.tensor_parallel_size,
             )
         return env
 
     def wait_ready(self, timeout: float) -> None:
         """Until it answers.
 
-        Raises ServerFailed, with the end of its log, when it ends or takes longer than `timeout` seconds.
+        Raises ServerFailed, with the end of its log, when it ends or takes longer than `timeout` seconds
+        from its start: servers that were started side by side have these seconds in common.
         """
-        started = reported = time.monotonic()
+        started, reported = self._started, time.monotonic()
         while not answers(self.url + "/health"):
             now = time.monotonic()
             if not self.is_alive():
                 if "port" not in self._launch.args and self._tries < _PORT_TRIES and self._port_was_taken():
                     log.info("port %d was taken meanwhile; starting the server on another", self._port)
+                    self.stop()
                     self._start()
                     continue
                 raise ServerFailed(self.death())
@@ -200,14 +206,15 @@ class ServerProcess:
         return f"SGLang server {self.url} ended with status {self._process.poll()}{self._tail()}"
 
     def stop(self) -> None:
-        """End the server and every process that it started."""
-        family = _family(self._process.pid)
+        """End the server and every process that it started, also when the server itself is gone."""
+        family = self._family()
         if self.is_alive():
             self._process.terminate()
             try:
                 self._process.wait(_END_SECONDS)
             except subprocess.TimeoutExpired:
                 log.info("SGLang server %s did not end by itself", self.url)
+        family |= self._family()
         for member in family:
             try:
                 member.kill()
@@ -216,11 +223,21 @@ class ServerProcess:
         if self._process.stdin is not None:
             self._process.stdin.close()
         self._process.wait()
-        psutil.wait_procs(family, timeout=_END_SECONDS)
+        psutil.wait_procs(list(family), timeout=_END_SECONDS)
+
+    def _family(self) -> set[psutil.Process]:
+        """The server's process and those that came of it, which share its session; children of one that
+        has ended have another parent by then."""
+        pid, family = self._process.pid, set()
+        if self.is_alive():
+            family |= {(process := psutil.Process(pid)), *process.children(recursive=True)}
+        elif psutil.pid_exists(pid):
+            return family  # somebody else's by now, and so is the session
+        return family | {p for p in psutil.process_iter() if _session_of(p.pid) == pid}
 
     def _port_was_taken(self) -> bool:
-        text = self._output().lower()
-        return "address already in use" in text or "port" in text and "in use" in text
+        """SGLang binds its port last, after the model is loaded."""
+        return "address already in use" in self._output().lower()
 
     def _output(self) -> str:
         """What this start has logged."""
@@ -233,20 +250,32 @@ class ServerProcess:
         return f"; the end of {self.log_file}:\n" + "\n".join(lines)
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    try:
-        process = psutil.Process(pid)
-        return [process, *process.children(recursive=True)]
-    except psutil.NoSuchProcess:
-        # Its children have another parent by now, but the session is still theirs.
-        return [p for p in psutil.process_iter() if _session_of(p.pid) == pid]
-
-
 def _session_of(pid: int) -> int | None:
     try:
         return os.getsid(pid)
     except OSError:
         return None
+
+
+def visible_devices(inherited: str | None, devices: Sequence[int], *, number: int, size: int) -> str:
+    """CUDA_VISIBLE_DEVICES of server `number`, which has `size` GPUs.
+
+    Args:
+        inherited: the run's own; a cluster's scheduler sets it, and then names only what is the run's.
+        devices: of all servers in turn, as places in that list; none: from 0 up.
+
+    Raises ServerFailed for a place that the list does not have.
+    """
+    places = (devices or range((number + 1) * size))[number * size : (number + 1) * size]
+    if inherited is None:
+        return ",".join(map(str, places))
+    names = [name.strip() for name in inherited.split(",") if name.strip()]
+    if beyond := [place for place in places if place >= len(names)]:
+        raise ServerFailed(
+            f"rollout.sglang.launch.devices: server {number} is to have GPU {beyond[0]}, and "
+            f"CUDA_VISIBLE_DEVICES={inherited} leaves the run {len(names)}, counted from 0"
+        )
+    return ",".join(names[place] for place in places)
 
 
 def command_line(arguments: Mapping[str, Any]) -> list[str]:
@@ -314,7 +343,7 @@ def workers_of_router(url: str) -> list[str]:
 
 def answers(url: str, timeout: float = 5.0) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
+        with _OPENER.open(url, timeout=timeout) as response:
             return response.status == 200
     except OSError:
         return False
@@ -324,7 +353,7 @@ def _get(url: str, *paths: str) -> dict[str, Any]:
     """The answer of the first of the paths that the server knows."""
     for path in paths:
         try:
-            with urllib.request.urlopen(url + path, timeout=30) as response:
+            with _OPENER.open(url + path, timeout=30) as response:
                 value = json.load(response)
                 return value if isinstance(value, dict) else {}
         except urllib.error.HTTPError as error:

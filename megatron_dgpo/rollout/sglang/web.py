@@ -13,6 +13,8 @@ import aiohttp
 
 T = TypeVar("T")
 
+_KEEP_SECONDS = 2.0
+
 
 class ServerGone(RuntimeError):
     """Nobody answers at the URL, or the connection broke: the server may be dead."""
@@ -42,11 +44,14 @@ class Http:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-http", daemon=True)
         self._thread.start()
-        self._session: aiohttp.ClientSession = self.run(self._open())
+        # SGLang closes connections that have been idle for 5 s, and a request that is on its way on one then
+        # is lost: they are not kept that long, and a request that nobody repeats gets one of its own.
+        self._kept: aiohttp.ClientSession = self.run(self._open(keepalive_timeout=_KEEP_SECONDS))
+        self._fresh: aiohttp.ClientSession = self.run(self._open(force_close=True))
 
-    async def _open(self) -> aiohttp.ClientSession:
+    async def _open(self, **how: Any) -> aiohttp.ClientSession:
         # How many requests run at once is decided by who sends them.
-        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), trust_env=False)
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, **how), trust_env=False)
 
     def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -58,7 +63,8 @@ class Http:
         """End the loop and its thread; requests that are under way are dropped."""
         if self._loop.is_closed():
             return
-        self.run(self._session.close())
+        self.run(self._kept.close())
+        self.run(self._fresh.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -71,15 +77,17 @@ class Http:
         *,
         timeout: float,
         method: str = "POST",
+        fresh: bool = True,
     ) -> Any:
-        """The parsed answer (None where it is no JSON).
+        """The parsed answer (None where it is no JSON); `fresh`: by a connection of its own.
 
         Raises ServerGone, ServerTimeout, or ServerError for a status of 400 and above and for
         {"success": false}.
         """
         limit = aiohttp.ClientTimeout(total=timeout)
+        session = self._fresh if fresh else self._kept
         try:
-            async with self._session.request(method, url + path, json=payload, timeout=limit) as answer:
+            async with session.request(method, url + path, json=payload, timeout=limit) as answer:
                 status, body = answer.status, await answer.text(errors="replace")
         except TimeoutError as error:
             raise ServerTimeout(url, f"no answer to {path} in {timeout:g} s") from error
