@@ -4,11 +4,7 @@ tests/distributed/test_convert_splits.py for splits."""
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,11 +13,10 @@ import pytest
 import torch
 from memory import measured
 from safetensors.torch import load_file, save_file
-from split_ranks import rank_context
 from tiny import FAMILIES, hf_tensors, write_model
 
 from megatron_dgpo.checks import check_all
-from megatron_dgpo.mcore.files import write_checkpoint, write_digests
+from megatron_dgpo.mcore.files import METADATA, content_metadata, digests, write_checkpoint, write_digests
 from megatron_dgpo.weights.checkpoints import (
     HFFolder,
     MegatronFolder,
@@ -168,10 +163,14 @@ def edit(name, change):
     return spoil
 
 
+GONE = object()
+
+
 def config(**fields):
     def spoil(folder: Path) -> None:
-        old = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(old | fields))
+        new = json.loads((folder / "config.json").read_text()) | fields
+        new = {name: value for name, value in new.items() if value is not GONE}
+        (folder / "config.json").write_text(json.dumps(new))
 
     return spoil
 
@@ -225,7 +224,11 @@ SOURCES = {
         index(lambda m: m.pop("model.embed_tokens.weight")),
         "{source}: model-00001-of-00005.safetensors holds model.embed_tokens.weight, which the index",
     ),
-    "no weights": ("one", lambda f: (f / "model.safetensors").unlink(), "{source}: no model.safetensors"),
+    "no weights": (
+        "one",
+        lambda f: (f / "model.safetensors").unlink(),
+        "{source}: neither model.safetensors nor model.safetensors.index.json is there",
+    ),
     "no folder": ("one", shutil.rmtree, "[Errno 2] No such file or directory: '{source}/config.json'"),
     "tensor missing": (
         "one",
@@ -320,22 +323,12 @@ CHECKPOINTS = {
     "unfinished": (lambda f: (f / ".metadata").unlink(), "{source}: no distributed checkpoint"),
     "no configuration": (lambda f: (f / "config.json").unlink(), "{source}: neither config.json in it nor "),
     "another model": (
-        config(hidden_size=64),
-        "{source}: embedding.word_embeddings.weight has shape (48,",
+        config(hidden_size=64, head_dim=16),
+        "{source}: hidden_size is 64 in config.json, and the weights were saved with 32; head_dim is 16 in "
+        "config.json, and the weights were saved with 12",
     ),
-    "more words": (
-        config(vocab_size=49),
-        "{source}: embedding.word_embeddings.weight has shape (48,",
-    ),
-    "more layers": (
-        config(num_hidden_layers=5),
-        "{source}: decoder.layers.self_attention.linear_qkv",
-    ),
+    "lists cut off": (cut("common.pt"), "{source}: common.pt is missing or not what was saved"),
     "a field": (config(hidden_act="gelu"), "{source}/config.json: hidden_act 'gelu' is not supported"),
-    "tied": (
-        config(tie_word_embeddings=True),
-        "{source}: in the checkpoint and without a Hugging Face name: 1 tensor (output_layer.weight)",
-    ),
     "another family": (
         config(model_type="qwen2", architectures=["Qwen2ForCausalLM"], attention_bias=None),
         "{source}/config.json: attention_bias None has no counterpart",
@@ -354,6 +347,94 @@ def test_a_wrong_checkpoint_is_refused_before_anything_is_written(name, original
     assert sorted(tmp_path.rglob("*")) == before
 
 
+ROPE = {"rope_type": "default", "rope_theta": 500.0}
+FIELDS = {
+    "fewer words": ({"vocab_size": 40}, "vocab_size is 40", "45"),
+    "padding as words": ({"vocab_size": 47}, "vocab_size is 47", "45"),
+    "more words": ({"vocab_size": 49}, "vocab_size is 49", "45"),
+    "layers": ({"num_hidden_layers": 5}, "num_hidden_layers is 5", "4"),
+    "heads": ({"num_attention_heads": 2}, "num_attention_heads is 2", "4"),
+    "key/value heads": ({"num_key_value_heads": 4}, "num_key_value_heads is 4", "2"),
+    "size of heads": ({"head_dim": 6}, "head_dim is 6", "12"),
+    "MLP": ({"intermediate_size": 64}, "intermediate_size is 64", "48"),
+    "norm": ({"rms_norm_eps": 1e-6}, "rms_norm_eps is 1e-06", "1e-05"),
+    "rope": ({"rope_parameters": {**ROPE, "rope_theta": 1e4}}, "rope_theta is 10000.0", "500.0"),
+    "tied": ({"tie_word_embeddings": True}, "tie_word_embeddings is True", "False"),
+    "family": (
+        {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "use_sliding_window": GONE}
+        | dict.fromkeys(("sliding_window", "max_window_layers", "layer_types"), GONE),
+        "model_type is 'llama'",
+        "'qwen3'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_config_that_the_weights_were_not_saved_with_is_refused_by_field(name, originals, tmp_path, capsys):
+    fields, says, saved = FIELDS[name]
+    shutil.copytree(originals / "imported", tmp_path / "source")
+    config(**fields)(tmp_path / "source")
+    before = sorted(tmp_path.rglob("*"))
+    said = refusal(["export", tmp_path / "source", tmp_path / "target"], capsys)
+    assert said == (f"{tmp_path / 'source'}: {says} in config.json, and the weights were saved with {saved}")
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(ValueError, match=says):
+        folder_source(tmp_path / "source")
+
+
+def test_fields_that_do_not_change_what_weights_compute_may_change(originals, tmp_path):
+    shutil.copytree(originals / "imported", tmp_path / "source")
+    config(max_position_embeddings=128, initializer_range=0.1)(tmp_path / "source")
+    export_hf(open_checkpoint(tmp_path / "source"), tmp_path / "target")
+    assert same_tensors(tmp_path / "target", originals / "one")
+
+
+def test_heads_that_make_the_same_sizes_are_refused(tmp_path):
+    """8 heads of 4 are as wide as 4 heads of 8, and no tensor shows it."""
+    source = write_folder(tmp_path / "source", tied=False, family="llama")
+    import_hf(HFFolder(source), tmp_path / "imported")
+    config(num_attention_heads=8, num_key_value_heads=4, head_dim=4)(tmp_path / "imported")
+    with pytest.raises(ValueError, match="num_attention_heads is 8 .* with 4; .* head_dim is 4 .* with 8"):
+        open_checkpoint(tmp_path / "imported")
+
+
+def earlier(folder: Path) -> None:
+    """Make it a checkpoint of a version that did not keep the shape."""
+    torch.save({"content_metadata": METADATA}, folder / "common.pt")
+    write_digests(folder, digests(folder))
+
+
+EARLIER = {
+    "another model": ({"hidden_size": 64}, "embedding.word_embeddings.weight has shape (48,"),
+    "more words": ({"vocab_size": 49}, "embedding.word_embeddings.weight has shape (48,"),
+    "more layers": ({"num_hidden_layers": 5}, "decoder.layers.self_attention.linear_qkv"),
+    "tied": (
+        {"tie_word_embeddings": True},
+        "in the checkpoint and without a Hugging Face name: 1 tensor (output_layer.weight)",
+    ),
+}
+
+
+def test_a_checkpoint_that_does_not_say_its_shape_still_converts(originals, tmp_path):
+    shutil.copytree(originals / "imported", tmp_path / "source")
+    earlier(tmp_path / "source")
+    export_hf(open_checkpoint(tmp_path / "source"), tmp_path / "target")
+    assert same_tensors(tmp_path / "target", originals / "one")
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_then_its_tensors_say_what_does_not_fit(name, originals, tmp_path, capsys):
+    fields, says = EARLIER[name]
+    source = tmp_path / "source"
+    shutil.copytree(originals / "imported", source)
+    earlier(source)
+    config(**fields)(source)
+    before = sorted(tmp_path.rglob("*"))
+    said = refusal(["export", source, tmp_path / "target"], capsys)
+    assert said.startswith(f"{source}: {says}")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_checkpoint_with_other_parameters_is_refused_by_name(originals, tmp_path):
     model = HFFolder(originals / "one")
     everything = list(pieces(model))
@@ -367,7 +448,7 @@ def test_a_checkpoint_with_other_parameters_is_refused_by_name(originals, tmp_pa
         ("other", [*everything, other], KeyError, "without a Hugging Face name: 1 tensor .*router.weight"),
     ):
         (tmp_path / name).mkdir()
-        write_checkpoint(tmp_path / name, written)
+        write_checkpoint(tmp_path / name, written, content_metadata(model.shape))
         with pytest.raises(kind, match=says):
             MegatronFolder(tmp_path / name, model.shape)
 
@@ -386,18 +467,85 @@ def test_a_target_that_is_there_is_kept_without_overwrite(originals, tmp_path, c
     assert said.startswith("exported qwen3, ") and str(target) in said
 
 
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
 def test_what_a_killed_conversion_left_behind_is_cleaned_up(originals, tmp_path):
-    """Killed while writing: the unfinished folder goes. Killed between two renames: the old one is back."""
+    """Killed while writing, or while it removed what it had replaced: that goes."""
     target = tmp_path / "target"
-    (tmp_path / "target.partial").mkdir()
-    (tmp_path / "target.partial" / "junk").write_text("x")
-    import_hf(HFFolder(originals / "one"), target)
+    for name in (".target.dgpo-partial", ".target.dgpo-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "junk").write_text("x")
+    (tmp_path / "target").mkdir()
+    import_hf(HFFolder(originals / "one"), target, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
-    target.rename(tmp_path / "target.old")
-    with pytest.raises(FileExistsError):
-        import_hf(HFFolder(originals / "one"), target)
-    assert open_checkpoint(target).shape.family == "qwen3"
-    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_killed_between_two_renames_the_old_folder_gets_its_name_back(originals, tmp_path, overwrite):
+    target, old = tmp_path / "target", tmp_path / ".target.dgpo-old"
+    import_hf(HFFolder(originals / "one"), old)
+    shutil.copytree(old, tmp_path / ".target.dgpo-partial")
+    want = contents(old)
+    if overwrite:
+
+        def full_disk(_: int) -> None:
+            assert contents(target) == want, "not before there is something to replace it"
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(OSError, match="No space left"):
+            import_hf(HFFolder(originals / "one"), target, overwrite=True, on_bytes=full_disk)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["target"]
+    else:
+        with pytest.raises(FileExistsError, match="target is there already"):
+            import_hf(HFFolder(originals / "one"), target)
+    assert contents(target) == want and open_checkpoint(target).shape.family == "qwen3"
+
+
+@pytest.mark.parametrize("kind", ["import", "export"])
+@pytest.mark.parametrize("there", [True, False])
+def test_folders_of_others_beside_the_target_stay_untouched(originals, tmp_path, capsys, kind, there):
+    """A user's own backup is none of the converter's business, whatever it is called."""
+    words = [kind, originals / ("one" if kind == "import" else "imported")]
+    names = ("model.old", "model.partial", ".model.old", ".model.partial", "model.bak")
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").write_text(name)
+    target = tmp_path / "model"
+    if there:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+    before = contents(tmp_path)
+    if there:
+        says = f"{target} is there already (--overwrite replaces it)"
+        assert refusal([*words, target], capsys) == says
+        assert contents(tmp_path) == before
+    flag = ["--overwrite"] if there else []
+    assert convert_checkpoint.main([*map(str, words), str(target), *flag]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["model", *names])
+    for name in names:
+        assert contents(tmp_path / name) == {"precious": name.encode()}
+
+
+def test_a_target_that_appears_meanwhile_is_kept(originals, tmp_path):
+    target = tmp_path / "target"
+
+    def somebody_else(_: int) -> None:
+        target.mkdir(exist_ok=True)
+
+    with pytest.raises(FileExistsError, match="target is there already"):
+        import_hf(HFFolder(originals / "one"), target, on_bytes=somebody_else)
+    assert [p.name for p in tmp_path.iterdir()] == ["target"] and not list(target.iterdir())
+
+
+def test_of_a_link_what_it_points_to_is_replaced(originals, tmp_path):
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "real")
+    import_hf(HFFolder(originals / "one"), tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink()
+    assert [p.name for p in (tmp_path / "disk").iterdir()] == ["real"]
+    assert open_checkpoint(tmp_path / "disk" / "real").shape.family == "qwen3"
 
 
 def test_an_error_while_writing_leaves_the_old_folder(originals, tmp_path):
@@ -422,49 +570,6 @@ def test_sizes(capsys):
         with pytest.raises(SystemExit):
             convert_checkpoint.parse(["export", "a", "b", f"--shard-size={text}"])
         assert f"{text!r} is no size" in capsys.readouterr().err
-
-
-# --- killed ---------------------------------------------------------------------------------------------
-
-
-def convert_again(kind: str, source: Path, target: Path) -> None:
-    if kind == "export":
-        export_hf(open_checkpoint(source), target, overwrite=True, shard_bytes=20_000)
-    else:
-        import_hf(HFFolder(source), target, overwrite=True)
-
-
-@pytest.mark.parametrize("kind", ["export", "import"])
-def test_killed_while_it_replaces_a_folder_there_is_always_one(originals, tmp_path, kind):
-    source = originals / ("imported" if kind == "export" else "one")
-    target = tmp_path / "target"
-    start = time.monotonic()
-    convert_again(kind, source, target)
-    seconds = time.monotonic() - start
-    draw = random.Random(kind)
-    context = rank_context()
-    killed = 0
-    for _ in range(4):
-        process = context.Process(target=convert_again, args=(kind, source, target))
-        process.start()
-        deadline = time.monotonic() + 60
-        while not (tmp_path / "target.partial").exists() and process.is_alive():
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(draw.uniform(0, seconds))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        killed += process.exitcode == -signal.SIGKILL
-        if not target.exists():  # between two renames, and the next conversion puts it back
-            assert (tmp_path / "target.old").exists()
-            with pytest.raises(FileExistsError):
-                import_hf(HFFolder(originals / "one"), target)
-        if kind == "export":
-            assert same_tensors(originals / "one", target)
-            HFFolder(target)
-        else:
-            open_checkpoint(target)
-    assert killed > 0, "none was killed in time"
 
 
 def test_the_list_of_files_comes_last(originals, tmp_path):
