@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import convert_checkpoint
 import pytest
 import torch
 from spawn import run_ranks
-from split_ranks import rank_context
 from tiny import FAMILIES, VOCAB, config, hf_model, hf_tensors, sequences, split, write_model
 
 from megatron_dgpo.cli import dump_toml
@@ -182,51 +176,3 @@ def test_a_split_that_the_model_does_not_have_is_refused(folder, alone, capsys, 
         verify(capsys, folder / "qwen2True", folder / "qwen2True-imported", *words)
     (error,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and error.startswith(f"error: {says}")
-
-
-# --- killed while saving --------------------------------------------------------------------------------
-
-
-def save_for_ever(folder: Path) -> None:
-    from megatron_dgpo.mcore.checkpoint import CheckpointStore
-    from megatron_dgpo.run import build_policy
-
-    torch.set_num_threads(1)
-    c = config(folder / "qwen3False-imported")
-    with split(c) as groups:
-        policy = build_policy(c, groups, total_updates=1, keep_reference=False)
-        store = CheckpointStore(folder / "killed" / "checkpoints", groups, keep_last=2)
-        step = store.latest().step if store.latest() else 0
-        while True:
-            step += 1
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter.fill_(step)
-            store.save(policy, {"step": step, "world_size": 1})
-
-
-def test_killed_while_a_run_saves_the_newest_checkpoint_always_loads(folder):
-    checkpoints = folder / "killed" / "checkpoints"
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    draw = random.Random(3)
-    newest = 0
-    for _ in range(2):
-        process = rank_context().Process(target=save_for_ever, args=(folder,))
-        process.start()
-        deadline = time.monotonic() + 120
-        while not (checkpoints / f"step_{newest + 1:08d}").exists():
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.5))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        complete = sorted(p for p in checkpoints.iterdir() if p.suffix != ".partial")
-        assert 1 <= len(complete) <= 3  # a third one while the oldest goes
-        for path in complete:
-            step = int(path.name.removeprefix("step_"))
-            target = folder / "killed" / "hf"
-            export_hf(open_checkpoint(path, folder / "qwen3False"), target, overwrite=True)
-            assert all((t == step).all() for t in hf_tensors(target).values())
-        assert step > newest
-        newest = step
