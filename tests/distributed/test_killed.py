@@ -31,7 +31,7 @@ SAVES = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)
 """Ranks of the run, of which one is killed."""
 TRIES = 3
 """For each kill that counts."""
-LIMIT_SECONDS = 60.0
+LIMIT_SECONDS = 100.0
 
 
 @pytest.fixture(scope="module")
