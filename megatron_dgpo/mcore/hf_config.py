@@ -74,7 +74,7 @@ _TRANSLATED = {
     *("model_type", "architectures", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
     *("rope_parameters", "rope_scaling", "rope_theta"),
 }
-_IDENTITY = {
+IDENTITY = {
     "family": "model_type",
     "num_layers": "num_hidden_layers",
     "hidden_size": "hidden_size",
@@ -198,7 +198,7 @@ class ModelShape:
         """What decides the meaning of weights of this shape, by config.json's names and as plain values,
         which a checkpoint can keep."""
         values = dataclasses.asdict(self)
-        return {name: values[own] for own, name in _IDENTITY.items()}
+        return {name: values[own] for own, name in IDENTITY.items()}
 
     def differences(self, kept: Mapping[str, Any]) -> list[str]:
         """What another shape's `identity` has otherwise, a text for each field. Fields that it lacks, since
