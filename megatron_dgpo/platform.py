@@ -8,8 +8,10 @@ arithmetic is untouched.
 from __future__ import annotations
 
 import ctypes
+import functools
 import logging
 import math
+import multiprocessing
 import os
 import queue
 import signal
@@ -137,6 +139,28 @@ def _write_checkpoints_without_a_manager() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
+def _end_checkpoint_writers_with_their_rank() -> None:
+    """Megatron forks processes that write files. One whose rank is killed would wait for ever to be asked
+    for its result, holding a copy of the rank's memory."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    writer = filesystem_async.FileSystemWriterAsync
+    original = writer.write_preloaded_data
+    if sys.platform != "linux" or hasattr(original, "ends_with_rank"):
+        return
+
+    @functools.wraps(original)
+    def write(*args: Any, **kwargs: Any) -> None:
+        _signal_when_parent_ends(signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and os.getppid() != parent.pid:  # it ended before that
+            os._exit(1)
+        original(*args, **kwargs)
+
+    write.ends_with_rank = True  # type: ignore[attr-defined]
+    writer.write_preloaded_data = staticmethod(write)
+
+
 @contextmanager
 def megatron_calls() -> Iterator[None]:
     """Wrap calls into Megatron-Core that may name a CUDA device in a factory call.
@@ -235,6 +259,7 @@ def start(parallel: Any, seed: int) -> Groups:
     end_with_launcher()
     run_megatron_on_cpu()
     _write_checkpoints_without_a_manager()
+    _end_checkpoint_writers_with_their_rank()
     from megatron.core import parallel_state as ps
     from megatron.core import tensor_parallel
 
@@ -268,8 +293,12 @@ def end_with_launcher() -> None:
     """Get SIGTERM when torchrun dies: a rank that outlives it would write into a folder that a resumed
     run uses. Linux only; elsewhere nothing happens."""
     if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        _signal_when_parent_ends(signal.SIGTERM)
+
+
+def _signal_when_parent_ends(number: int) -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def stop() -> None:

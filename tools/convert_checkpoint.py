@@ -17,7 +17,8 @@ verify   compares the log-probs of transformers with those of the checkpoint at 
 import and export are one process without a GPU or process groups. They pass on one tensor at a time: no more
 is in memory than the largest of them a few times over, and export also holds one output file
 (--shard-size). The source is checked completely before anything is written. The target appears
-under its name when it is complete; until then it is called TARGET.partial.
+under its name when it is complete; until then it is called .TARGET.dgpo-partial, and what --overwrite
+replaces stays. No other folder is touched.
 
 Exit status: 0, 1 if verify finds a difference above the bound, 2 for wrong input (one line on stderr).
 """

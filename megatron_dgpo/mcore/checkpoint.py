@@ -11,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -25,12 +26,24 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
 from megatron_dgpo import platform
-from megatron_dgpo.mcore.files import METADATA, check_files, digests, flush_to_disk, write_digests
+from megatron_dgpo.mcore.files import (
+    METADATA,
+    check_files,
+    check_shape,
+    content_metadata,
+    digests,
+    flush_to_disk,
+    write_digests,
+)
 from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.policy import Policy, inner_optimizers
 
 log = logging.getLogger(__name__)
 
+_COMPLETE = re.compile(r"step_\d{8,}")
+_UNFINISHED = re.compile(r"step_\d{8,}(\.old)?\.partial")
+"""Names of folders that the store reads, replaces and removes. It leaves all others alone: a user may have
+put a copy of a checkpoint beside it."""
 _STATE_FILE = "run_state.json"
 CRITIC_FOLDER = "critic"
 _REMEDY = "remove this folder to go on from the checkpoint before it"
@@ -63,16 +76,17 @@ class CheckpointStore:
         self.keep_best = keep_best
         if groups.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob("*.partial"):
-                log.warning("removing %s: an unfinished checkpoint of an earlier run", leftover.name)
-                shutil.rmtree(leftover)
+            for leftover in folder.iterdir():
+                if _UNFINISHED.fullmatch(leftover.name):
+                    log.warning("removing %s: an unfinished checkpoint of an earlier run", leftover.name)
+                    shutil.rmtree(leftover)
         _barrier(groups)
 
     def list(self) -> list[Checkpoint]:
         """Complete checkpoints, oldest first. Raises ValueError naming a state file that is no JSON."""
         found = []
         for path in sorted(self.folder.glob("step_*")):
-            if path.suffix != ".partial" and (path / _STATE_FILE).is_file():
+            if _COMPLETE.fullmatch(path.name) and (path / _STATE_FILE).is_file():
                 try:
                     state = json.loads((path / _STATE_FILE).read_text())
                 except ValueError as error:
@@ -101,9 +115,12 @@ class CheckpointStore:
         if self.groups.rank == 0:
             (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
             flush_to_disk(partial, contents=True)
-            shutil.rmtree(final, ignore_errors=True)
+            replaced = partial.with_suffix(".old.partial")
+            if final.exists():  # out of the way at once: half deleted, it would look complete
+                final.rename(replaced)
             partial.rename(final)
             flush_to_disk(self.folder, contents=False)
+            shutil.rmtree(replaced, ignore_errors=True)
             self._prune()
         _barrier(self.groups)
         return final
@@ -143,7 +160,7 @@ def _save(policy: Policy, folder: Path) -> None:
             _sharded_state(policy, loading=False),
             str(folder),
             validate_access_integrity=True,
-            content_metadata=METADATA,
+            content_metadata=content_metadata(policy.model.shape),
         )
     _barrier(groups)
     files = digests(folder, groups)
@@ -197,7 +214,8 @@ def _restore_rng(state: dict[str, Any]) -> None:
 def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None) -> None:
     """Load weights, optimizer, schedule and generators; the split may differ from the saved one.
 
-    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
+    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved, or a
+    field of the model that has changed since then.
     """
     parts = [(policy, checkpoint.path)]
     if critic is not None:
@@ -207,6 +225,7 @@ def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None
             check_files(folder, part.groups)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{error}; {_REMEDY}") from error
+        check_shape(folder, part.model.shape)
     for part, folder in parts:
         _restore(part, dataclasses.replace(checkpoint, path=folder))
 
@@ -237,9 +256,11 @@ def _load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
 def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> None:
     """Load a checkpoint's weights, and nothing else of it, into the model at whatever split it has.
 
-    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved.
+    Raises ValueError on all ranks, before anything is loaded, naming a file that is not what was saved, or a
+    field in which the model is not the one that was saved.
     """
     check_files(folder, groups)
+    check_shape(folder, model.shape)
     with platform.megatron_calls(), torch.no_grad():
         state = model.sharded_state_dict(metadata=dict(METADATA))
         # The others are the extra state of linear layers: empty without FP8, and not imported.

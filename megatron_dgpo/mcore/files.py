@@ -11,7 +11,7 @@ import json
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.serialization import load_content_metadata
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
@@ -38,12 +39,16 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.hf_config import ModelShape
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": False,
 }
 """Of the checkpoint's content, for Megatron."""
+_SHAPE = "megatron_dgpo.model_shape"
+"""Beside METADATA in a checkpoint: `ModelShape.identity` of the weights. Tensors do not show all of it, such
+as where the vocabulary ends and its padding begins, or the angles of rotary embeddings."""
 FILES_FILE = "files.json"
 """Size and checksum of the others: torch loads changed numbers without a word."""
 _INDEX = ".metadata"
@@ -58,6 +63,23 @@ def own_files(folder: Path) -> list[str]:
     """Names of the files that make up the checkpoint, sorted; others, such as a tokenizer's, may be there."""
     fixed = (CONFIG_FNAME, COMMON_STATE_FNAME, _INDEX)
     return sorted(p.name for p in folder.iterdir() if p.suffix == ".distcp" or p.name in fixed)
+
+
+def content_metadata(shape: ModelShape) -> dict[str, Any]:
+    """What Megatron keeps with a checkpoint of a model of this shape."""
+    return {**METADATA, _SHAPE: shape.identity()}
+
+
+def check_shape(folder: Path, shape: ModelShape) -> None:
+    """Raise ValueError naming every field in which the checkpoint's weights are of another shape than this
+    one. Checkpoints that do not say of which they are, as earlier versions wrote them, pass."""
+    try:
+        kept = (load_content_metadata(str(folder)) or {}).get(_SHAPE, {})
+    except Exception as error:  # of an unpickler fed with anything
+        file = folder / COMMON_STATE_FNAME
+        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+    if wrong := shape.differences(kept):
+        raise ValueError(f"{folder}: {'; '.join(wrong)}")
 
 
 # --- integrity ------------------------------------------------------------------------------------------
@@ -158,9 +180,13 @@ class _OneByOne(dcp.DefaultSavePlanner):
 
 
 def write_checkpoint(
-    folder: Path, pieces: Sequence[Piece], on_written: Callable[[int], Any] = lambda _: None
+    folder: Path,
+    pieces: Sequence[Piece],
+    metadata: Mapping[str, Any],
+    on_written: Callable[[int], Any] = lambda _: None,
 ) -> None:
-    """Write a checkpoint of weights into an empty folder, the list of its files last.
+    """Write a checkpoint of weights into an empty folder, the list of its files last. `metadata` is what
+    `content_metadata` makes.
 
     `on_written` is called with the bytes of each piece. Raises what a piece's `read` raises.
     """
@@ -171,7 +197,7 @@ def write_checkpoint(
             dcp.save({}, storage_writer=writer, planner=_OneByOne(pieces, on_written), no_dist=True)
         except dcp.api.CheckpointException as error:  # no Exception, and its text is a whole traceback
             raise next(iter(error.failures.values()))[0] from error
-    torch.save({"content_metadata": METADATA}, folder / COMMON_STATE_FNAME)
+    torch.save({"content_metadata": dict(metadata)}, folder / COMMON_STATE_FNAME)
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     write_digests(folder, digests(folder))
 

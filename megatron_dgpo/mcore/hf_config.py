@@ -7,6 +7,7 @@ model that ignores them is another model. This module imports nothing heavy.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -73,6 +74,22 @@ _TRANSLATED = {
     *("model_type", "architectures", "rms_norm_eps", "initializer_range", "tie_word_embeddings"),
     *("rope_parameters", "rope_scaling", "rope_theta"),
 }
+IDENTITY = {
+    "family": "model_type",
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "ffn_hidden_size": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "norm_eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+}
+"""What `ModelShape.identity` holds of a shape, and config.json's names for it. The others follow from the
+family, or do not change what given weights compute."""
 _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
@@ -176,6 +193,22 @@ class ModelShape:
             return cls.from_hf(config)
         except ValueError as error:
             raise ValueError(f"{folder}/{error}") from error
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the meaning of weights of this shape, by config.json's names and as plain values,
+        which a checkpoint can keep."""
+        values = dataclasses.asdict(self)
+        return {name: values[own] for own, name in IDENTITY.items()}
+
+    def differences(self, kept: Mapping[str, Any]) -> list[str]:
+        """What another shape's `identity` has otherwise, a text for each field. Fields that it lacks, since
+        it was kept by a version that knew fewer, are passed over."""
+        own = self.identity()
+        return [
+            f"{name} is {own.get(name)!r} in config.json, and the weights were saved with {value!r}"
+            for name, value in kept.items()
+            if own.get(name) != value
+        ]
 
     def padded_vocab_size(self, tp: int) -> int:
         """Vocabulary rows held over all TP ranks; those beyond vocab_size are padding.

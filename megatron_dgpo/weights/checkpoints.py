@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_dgpo.mcore.files import CheckpointReader, Piece, check_files, is_checkpoint, write_checkpoint
+from megatron_dgpo.mcore.files import (
+    CheckpointReader,
+    Piece,
+    check_files,
+    check_shape,
+    content_metadata,
+    is_checkpoint,
+    write_checkpoint,
+)
 from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.weights.folders import (
     TensorSource,
@@ -93,7 +101,7 @@ def import_hf(model: HFFolder, target: Path, *, overwrite: bool = False, on_byte
     Raises FileExistsError for a target that is there, without `overwrite`.
     """
     with complete_or_absent(target, overwrite=overwrite) as folder:
-        write_checkpoint(folder, list(pieces(model)), on_bytes)
+        write_checkpoint(folder, list(pieces(model)), content_metadata(model.shape), on_bytes)
         copy_beside_weights(model.folder, folder, model.dtype)
 
 
@@ -154,7 +162,7 @@ class MegatronFolder:
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
-        ValueError: naming a file or tensor that is damaged or not of this shape.
+        ValueError: naming a file, field or tensor that is damaged or not of this shape.
         KeyError: naming parameters that are missing or have no counterpart.
     """
 
@@ -162,6 +170,7 @@ class MegatronFolder:
         if not is_checkpoint(folder):
             raise FileNotFoundError(f"{folder}: no distributed checkpoint (metadata.json and .metadata)")
         self.folder, self.shape, self.beside = folder, shape, beside or folder
+        check_shape(folder, shape)
         self.table = name_table(shape)
         self._reader = CheckpointReader(folder)
         weights = {k: t for k, t in self._reader.tensors.items() if not k.startswith("optimizer.")}

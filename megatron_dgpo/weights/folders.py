@@ -37,9 +37,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         if not (folder / ONE_FILE).is_file():
-            raise FileNotFoundError(
-                f"{folder}: no {ONE_FILE} (set model.init = 'random' to start from random weights)"
-            )
+            raise FileNotFoundError(f"{folder}: neither {ONE_FILE} nor {INDEX_FILE} is there")
         return dict.fromkeys(_names(folder / ONE_FILE), ONE_FILE)
     try:
         listed = dict(json.loads(index.read_text())["weight_map"])
@@ -136,43 +134,53 @@ def copy_beside_weights(source: Path, target: Path, dtype: torch.dtype) -> None:
 def complete_or_absent(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which gets the name `target` when the block ends without an error.
 
-    Until then it is called `<target>.partial`, and a `target` that is there stays as it is. What a killed
-    process left behind is cleaned up first.
+    Until then it is called `.<target>.dgpo-partial`, and a `target` that is there stays as it is. What a
+    killed process left behind is cleaned up first.
 
-    Raises FileExistsError for a target that is there, without `overwrite`.
+    Raises what `check_target` raises, the last time before the folder gets its name.
     """
     check_target(target, overwrite=overwrite)
-    partial, old = _temporary(target)
+    target = target.resolve()  # of a link, what it points to is replaced
+    partial, old = _private(target)
+    for leftover in (partial, old):
+        if leftover.exists():
+            shutil.rmtree(leftover)
     partial.mkdir(parents=True)
     try:
         yield partial
+        flush_to_disk(partial, contents=True)
+        check_target(target, overwrite=overwrite)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
     except BaseException:  # an end by a signal among them
         shutil.rmtree(partial, ignore_errors=True)
+        _put_back(target)
         raise
-    flush_to_disk(partial, contents=True)
-    if target.exists():
-        os.rename(target, old)
-    os.rename(partial, target)
     flush_to_disk(target.parent, contents=False)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def check_target(target: Path, *, overwrite: bool) -> None:
-    """Clean up what a killed process left of `target`: put back what it was about to replace, remove the
-    rest. Raises FileExistsError for a target that is there, without `overwrite`, or is no folder."""
-    partial, old = _temporary(target)
-    if old.exists() and not target.exists():
-        os.rename(old, target)
-    for leftover in (partial, old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    """Raise FileExistsError for a target that is there, without `overwrite`, or is no folder.
+
+    Nothing is removed, and nothing renamed but this: a target that a process killed between two renames
+    was replacing gets its name back.
+    """
+    _put_back(target.resolve())
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} is there already (--overwrite replaces it)")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is not a folder")
 
 
-def _temporary(target: Path) -> tuple[Path, Path]:
-    """While it is written, and while it is replaced."""
-    partial, old = (target.absolute().with_name(target.name + end) for end in (".partial", ".old"))
+def _put_back(target: Path) -> None:
+    _, old = _private(target)
+    if old.exists() and not target.exists():
+        os.rename(old, target)
+
+
+def _private(target: Path) -> tuple[Path, Path]:
+    """Names for `target` while it is written, and while it is replaced, which nobody else's folder has."""
+    partial, old = (target.with_name(f".{target.name}.dgpo-{what}") for what in ("partial", "old"))
     return partial, old

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,17 @@ def _raise_first(folder: str, exit_codes: dict[int, int]) -> None:
     raise RuntimeError(f"ranks ended without a result: exit codes {exit_codes}")
 
 
+def ranks_of(
+    fn: Callable[..., Any], world_size: int, folder: str, timeout: float, *args: Any
+) -> list[BaseProcess]:
+    """The processes of `run_ranks`, not started yet; `folder` is an empty one for their results."""
+    # Not daemons, which may not have children: Megatron's checkpoint writer is one.
+    return [
+        rank_context().Process(target=_rank_main, args=(fn, rank, world_size, folder, timeout, args))
+        for rank in range(world_size)
+    ]
+
+
 def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call fn(rank, world_size, *args) on each of `world_size` new processes, in a gloo group.
 
@@ -68,13 +80,8 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     in rank order. Raises the exception of the rank that failed first, or TimeoutError after `timeout`
     seconds; no process outlives the call.
     """
-    context = rank_context()
     with tempfile.TemporaryDirectory() as folder:
-        # Not daemons, which may not have children: Megatron's checkpoint writer is one.
-        processes = [
-            context.Process(target=_rank_main, args=(fn, r, world_size, folder, timeout, args))
-            for r in range(world_size)
-        ]
+        processes = ranks_of(fn, world_size, folder, timeout, *args)
         deadline = time.monotonic() + timeout
         try:
             for process in processes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def one_rank(rank, world_size, folder):
     with split(c) as groups:
         policy = make(groups)
         results["kept"] = what_is_kept(folder / "kept", policy, groups)
+        results["another model"] = another_model(folder / "another", policy, groups)
         results["damaged"] = {how: damaged(folder / how, policy, groups, how) for how in DAMAGE}
     return results
 
@@ -148,7 +150,43 @@ def what_is_kept(folder, policy, groups):
     again = CheckpointStore(folder, groups, keep_last=2, keep_best=True)
     out["reopened"] = [c.step for c in again.list()]
     out["leftover when reopened"] = [p.name for p in folder.glob("*.partial")]
+    out["copies"] = copies_of_users(folder, policy, groups)
     return out
+
+
+def copies_of_users(folder, policy, groups):
+    """Steps that a store has, before and after it has saved twice, and what it left of folders beside it."""
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore
+
+    store = CheckpointStore(folder, groups, keep_last=2, keep_best=True)
+    copies = [folder / name for name in ("step_00000002.good", "step_00000002.old", "backup.partial")]
+    for copy in copies:
+        shutil.copytree(store.latest().path, copy)
+    store = CheckpointStore(folder, groups, keep_last=2, keep_best=True)
+    listed = [[c.path.name for c in store.list()]]
+    for _ in range(2):  # the second replaces the first
+        store.save(policy, {"step": 7, "world_size": 1})
+        listed.append([c.path.name for c in store.list()])
+    kept = {copy.name for copy in copies if (copy / "run_state.json").is_file()}
+    rest = {p.name for p in folder.iterdir()} - set(listed[-1]) - {copy.name for copy in copies}
+    return listed, kept, rest
+
+
+def another_model(folder, policy, groups):
+    """What a resumed run makes of weights that its config.json would give another meaning."""
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+
+    store = CheckpointStore(folder, groups)
+    store.save(policy, {"step": 1, "world_size": 1})
+    before, shape = exported(policy), policy.model.shape
+    policy.model.shape = dataclasses.replace(shape, rope_theta=1e6, vocab_size=40)
+    try:
+        restore(policy, store.latest())
+        error = "nothing was raised"
+    except Exception as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    policy.model.shape = shape
+    return error, same(exported(policy), before)
 
 
 def step_names(store):
@@ -268,6 +306,24 @@ def test_a_failed_save_removes_nothing(results):
     assert kept["after failure"] == [2, 4, 5]
     assert kept["leftover"] == ["step_00000006.partial"]
     assert kept["reopened"] == [2, 4, 5] and kept["leftover when reopened"] == []
+
+
+def test_copies_that_a_user_made_are_neither_read_nor_removed(results):
+    (kept,) = results["kept"]
+    listed, copies, rest = kept["copies"]
+    before = ["step_00000002", "step_00000004", "step_00000005"]
+    after = ["step_00000002", "step_00000005", "step_00000007"]
+    assert listed == [before, after, after]
+    assert copies == {"step_00000002.good", "step_00000002.old", "backup.partial"}
+    assert rest == {"step_00000099"}, "unmarked, and nothing else"
+
+
+def test_a_model_that_has_changed_since_the_save_is_refused_by_field(results):
+    (error, untouched) = results["another model"][0]
+    says = "vocab_size is 40 in config.json, and the weights were saved with 45; "
+    says += "rope_theta is 1000000.0 in config.json, and the weights were saved with 500.0"
+    assert error.startswith("ValueError: ") and error.endswith(f"step_00000001: {says}")
+    assert untouched
 
 
 def test_a_folder_without_its_marker_is_no_checkpoint(results):

@@ -1,13 +1,12 @@
-"""Imported checkpoints at every split: loaded, saved by a run and exported again, and killed while saving."""
+"""Imported checkpoints at every split: loaded, saved by a run and exported again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import random
-import shutil
-import signal
-import time
+import socket
+import sys
 from pathlib import Path
 
 import convert_checkpoint
@@ -24,13 +23,21 @@ from megatron_dgpo.weights.convert import export_hf
 TIED = (True, False)
 SPLITS = {"1x1": (1, 1), "2x1": (2, 1), "1x2": (1, 2), "2x2": (2, 2)}
 """TP x PP, each on four ranks."""
-CASES = [(family, tied, name) for family in FAMILIES for tied in TIED for name in SPLITS]
+CASES = [
+    *((family, tied, "float32", name) for family in FAMILIES for tied in TIED for name in SPLITS),
+    *((family, tied, "bfloat16", "2x2") for family in FAMILIES for tied in TIED),
+]
 TRAINED = [("qwen3", False, "2x2"), ("qwen2", True, "1x2")]
 """Saved as a run saves them: with optimizer and all."""
 
 
+def original(family, tied, dtype="float32"):
+    """The name of its folder."""
+    return f"{family}{tied}" + ("" if dtype == "float32" else dtype)
+
+
 def work(rank, world_size, folder):
-    """Load each imported folder at each split, and write a checkpoint of what is there then."""
+    """Load each imported folder at its splits, and write a checkpoint of what is there then."""
     from megatron.core import dist_checkpointing
 
     from megatron_dgpo.mcore.checkpoint import CheckpointStore
@@ -38,21 +45,21 @@ def work(rank, world_size, folder):
     from megatron_dgpo.mcore.hf_config import ModelShape
     from megatron_dgpo.mcore.model import build_model
     from megatron_dgpo.platform import megatron_calls
-    from megatron_dgpo.run import build_policy
+    from megatron_dgpo.run import DTYPES, build_policy
     from megatron_dgpo.weights.convert import load_folder
 
     for name, (tp, pp) in SPLITS.items():
         c = config(folder / "unused", tp=tp, pp=pp)
         with split(c) as groups:
-            for family, tied, _ in [case for case in CASES if case[2] == name]:
-                imported = folder / f"{family}{tied}-imported"
+            for family, tied, dtype, _ in [case for case in CASES if case[3] == name]:
+                imported = folder / f"{original(family, tied, dtype)}-imported"
                 model = build_model(
-                    ModelShape.from_folder(imported), c.parallel, groups, params_dtype=torch.float32
+                    ModelShape.from_folder(imported), c.parallel, groups, params_dtype=DTYPES[dtype]
                 )
                 for parameter in model.parameters():
                     parameter.data.fill_(float("nan"))
                 load_folder(model, groups, imported)
-                target = folder / f"{family}{tied}-{name}"
+                target = folder / f"{original(family, tied, dtype)}-{name}"
                 if rank == 0:
                     target.mkdir()
                 torch.distributed.barrier()
@@ -78,19 +85,21 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("convert")
     for family in FAMILIES:
         for tied in TIED:
-            write_model(path / f"{family}{tied}", family=family, tied=tied)
-            import_hf(HFFolder(path / f"{family}{tied}"), path / f"{family}{tied}-imported")
+            for dtype in ("float32", "bfloat16"):
+                one = path / original(family, tied, dtype)
+                write_model(one, family=family, tied=tied, dtype=getattr(torch, dtype))
+                import_hf(HFFolder(one), path / f"{one.name}-imported")
     run_ranks(work, 4, path, timeout=300)
     return path
 
 
-@pytest.mark.parametrize(("family", "tied", "name"), CASES)
-def test_through_a_model_at_any_split_and_back_bit_for_bit(folder, tmp_path, family, tied, name):
-    original = folder / f"{family}{tied}"
-    export_hf(open_checkpoint(folder / f"{family}{tied}-{name}", original), tmp_path / "back")
-    want, got = hf_tensors(original), hf_tensors(tmp_path / "back")
-    assert set(got) == set(want)
-    assert all(torch.equal(got[n].view(torch.int32), want[n].view(torch.int32)) for n in want)
+@pytest.mark.parametrize(("family", "tied", "dtype", "name"), CASES)
+def test_through_a_model_at_any_split_and_back_bit_for_bit(folder, tmp_path, family, tied, dtype, name):
+    one = folder / original(family, tied, dtype)
+    export_hf(open_checkpoint(folder / f"{one.name}-{name}", one), tmp_path / "back")
+    want, got = hf_tensors(one), hf_tensors(tmp_path / "back")
+    assert set(got) == set(want) and {t.dtype for t in got.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(got[n].view(torch.uint8), want[n].view(torch.uint8)) for n in want)
 
 
 @pytest.mark.parametrize(("family", "tied", "name"), TRAINED)
@@ -104,6 +113,25 @@ def test_a_runs_checkpoint_is_exported_with_its_models_configuration(folder, tmp
     assert {p.name for p in target.iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors")
     }
+
+
+@pytest.mark.parametrize(("family", "tied", "name"), TRAINED)
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"vocab_size": 40}, "vocab_size is 40 in config.json, and the weights were saved with 45"),
+        (
+            {"rms_norm_eps": 1e-6},
+            "rms_norm_eps is 1e-06 in config.json, and the weights were saved with 1e-05",
+        ),
+    ],
+)
+def test_a_runs_checkpoint_says_what_its_weights_are(folder, tmp_path, family, tied, name, fields, says):
+    step = folder / f"{family}{tied}-run" / "checkpoints" / "step_00000007"
+    config = json.loads((folder / f"{family}{tied}" / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"step_00000007: {says}$"):
+        open_checkpoint(step, tmp_path)
 
 
 # --- verify ---------------------------------------------------------------------------------------------
@@ -145,6 +173,53 @@ def test_verify_finds_another_models_weights(folder, alone, capsys, tmp_path):
     assert status == 1 and "DIFFER" in out and float(out.splitlines()[-2].split()[2]) > 0.1
 
 
+def one_of_torchruns(rank: int, port: int, words: list[str], said: Path) -> None:
+    """What torchrun starts, but for the minutes that imports take."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    torch.set_num_threads(1)
+    with said.open("w") as file, contextlib.redirect_stdout(file):
+        status = convert_checkpoint.main(["verify", *words])
+    sys.exit(status)
+
+
+@pytest.mark.parametrize(("seed", "statuses", "verdict"), [(1, [0, 0], "agree"), (2, [1, 0], "DIFFER")])
+def test_verify_on_torchruns_ranks(folder, tmp_path, seed, statuses, verdict):
+    """Both compute and the first compares, speaks and has the status."""
+    source = write_model(tmp_path / "source", tied=False, seed=seed)
+    words = [str(source), str(folder / "qwen2False-imported"), "--tensor-model-parallel-size", "2"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    ranks = [
+        rank_context().Process(target=one_of_torchruns, args=(rank, port, words, tmp_path / f"said{rank}"))
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(100)
+        assert [process.exitcode for process in ranks] == statuses
+    finally:
+        for process in ranks:
+            process.kill()
+            process.join()
+    assert (tmp_path / "said0").read_text().splitlines()[-1].startswith(f"the log-probs {verdict}: ")
+    assert (tmp_path / "said1").read_text() == ""
+
+
+def test_verify_refuses_another_number_of_torchruns_ranks(folder, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as caught:
+        verify(
+            capsys, *(folder / "qwen2True", folder / "qwen2True-imported"), "--tensor-model-parallel-size", 2
+        )
+    (error,) = capsys.readouterr().err.splitlines()
+    says = "error: torchrun has started 3 processes, and the split takes 2"
+    assert caught.value.code == 2 and error == says
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -182,51 +257,3 @@ def test_a_split_that_the_model_does_not_have_is_refused(folder, alone, capsys, 
         verify(capsys, folder / "qwen2True", folder / "qwen2True-imported", *words)
     (error,) = capsys.readouterr().err.splitlines()
     assert caught.value.code == 2 and error.startswith(f"error: {says}")
-
-
-# --- killed while saving --------------------------------------------------------------------------------
-
-
-def save_for_ever(folder: Path) -> None:
-    from megatron_dgpo.mcore.checkpoint import CheckpointStore
-    from megatron_dgpo.run import build_policy
-
-    torch.set_num_threads(1)
-    c = config(folder / "qwen3False-imported")
-    with split(c) as groups:
-        policy = build_policy(c, groups, total_updates=1, keep_reference=False)
-        store = CheckpointStore(folder / "killed" / "checkpoints", groups, keep_last=2)
-        step = store.latest().step if store.latest() else 0
-        while True:
-            step += 1
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter.fill_(step)
-            store.save(policy, {"step": step, "world_size": 1})
-
-
-def test_killed_while_a_run_saves_the_newest_checkpoint_always_loads(folder):
-    checkpoints = folder / "killed" / "checkpoints"
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    draw = random.Random(3)
-    newest = 0
-    for _ in range(2):
-        process = rank_context().Process(target=save_for_ever, args=(folder,))
-        process.start()
-        deadline = time.monotonic() + 120
-        while not (checkpoints / f"step_{newest + 1:08d}").exists():
-            assert process.is_alive() and time.monotonic() < deadline
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.5))
-        os.kill(process.pid, signal.SIGKILL)
-        process.join(60)
-        assert process.exitcode == -signal.SIGKILL
-        complete = sorted(p for p in checkpoints.iterdir() if p.suffix != ".partial")
-        assert 1 <= len(complete) <= 3  # a third one while the oldest goes
-        for path in complete:
-            step = int(path.name.removeprefix("step_"))
-            target = folder / "killed" / "hf"
-            export_hf(open_checkpoint(path, folder / "qwen3False"), target, overwrite=True)
-            assert all((t == step).all() for t in hf_tensors(target).values())
-        assert step > newest
-        newest = step

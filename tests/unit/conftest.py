@@ -29,3 +29,22 @@ def place(original: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     shutil.copytree(original.model, tmp_path / "model")
     shutil.copytree(original.data, tmp_path / "data")
     return Place(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folders to convert. `one`: a file. `several`: files and an index. `imported`: converted."""
+    from converting import write_folder
+    from tiny import hf_tensors
+
+    from megatron_dgpo.weights.checkpoints import HFFolder, import_hf
+    from megatron_dgpo.weights.convert import write_safetensors
+
+    root = tmp_path_factory.mktemp("originals")
+    write_folder(root / "one", tied=False, family="qwen3")
+    shutil.copytree(root / "one", root / "several")
+    (root / "several" / "model.safetensors").unlink()
+    write_safetensors(iter(hf_tensors(root / "one").items()), root / "several", shard_bytes=40_000)
+    assert len(list((root / "several").glob("*.safetensors"))) > 2
+    import_hf(HFFolder(root / "one"), root / "imported")
+    return root

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape, RopeScaling
+from megatron_dgpo.mcore.hf_config import FAMILIES, IDENTITY, ModelShape, RopeScaling
 from megatron_dgpo.mcore.model import scaled
 
 COMMON = {
@@ -213,3 +215,29 @@ def test_all_refused_fields_are_named_at_once():
         ModelShape.from_hf({**FILES["llama"], "mlp_bias": True, "num_experts": 4, "head_dim": -1})
     assert all(name in str(caught.value) for name in ("mlp_bias", "num_experts", "head_dim"))
     assert "\n" not in str(caught.value)
+
+
+# --- what a checkpoint keeps ----------------------------------------------------------------------------
+
+
+def test_a_checkpoint_keeps_every_field_that_gives_weights_their_meaning():
+    """A new field of ModelShape has to be in one of the two."""
+    follows_or_says_nothing = {"max_positions", "init_std", "qkv_bias", "qk_norm"}
+    fields = {field.name for field in dataclasses.fields(ModelShape)}
+    assert fields - set(IDENTITY) == follows_or_says_nothing
+    assert set(IDENTITY) <= fields
+
+
+def test_differences_are_named_with_both_values():
+    shape = ModelShape.from_hf(FILES["llama"])
+    kept = json.loads(json.dumps(shape.identity()))
+    assert shape.differences(kept) == []
+    other = dataclasses.replace(shape, rope_scaling=None, vocab_size=5)
+    assert other.differences(kept) == [
+        "vocab_size is 5 in config.json, and the weights were saved with 151936",
+        f"rope_scaling is None in config.json, and the weights were saved with {kept['rope_scaling']}",
+    ]
+    assert other.differences({"rope_theta": 5e5}) == [], "kept by a version that knew fewer fields"
+    assert other.differences({"window": 8}) == [
+        "window is None in config.json, and the weights were saved with 8"
+    ]
