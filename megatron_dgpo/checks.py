@@ -148,6 +148,11 @@ def _algorithm(a: AlgorithmConfig) -> Iterator[str]:
         )
     if 0 < a.sequence_mask_cap < 1:
         yield f"algorithm.sequence_mask_cap: {a.sequence_mask_cap} is below 1; 0 turns it off"
+    if a.credit == "distribution" and a.tau == "auto" and a.credit_timing != "rollout":
+        yield (
+            f"algorithm.credit_timing: {a.credit_timing!r} takes other scores than algorithm.tau = 'auto' is "
+            "found for; use 'rollout', or a number for tau"
+        )
     dead: dict[str, str] = {}
     if a.credit == "uniform":
         dead |= dict.fromkeys(CreditConfig.model_fields, "algorithm.credit = 'uniform'")

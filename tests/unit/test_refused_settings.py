@@ -96,6 +96,10 @@ SETTINGS = {
         ["--algorithm.tau", "auto", "--algorithm.tau_schedule", "linear"],
         "algorithm.tau_schedule: 'linear' has no effect with algorithm.tau = 'auto'",
     ),
+    "auto at updates": Case(
+        ["--algorithm.tau", "auto", "--algorithm.credit_timing", "update"],
+        "algorithm.credit_timing: 'update' takes other scores than algorithm.tau = 'auto' is found for; use",
+    ),
     "fraction of no auto": Case(
         ["--algorithm.effective_fraction", 0.5],
         "algorithm.effective_fraction: 0.5 has no effect with algorithm.tau = 1.0",

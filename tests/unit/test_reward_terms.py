@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from test_rewards import sample
 
-from megatron_dgpo.config import FormatTerm, LengthTerm, OverlongTerm
+from megatron_dgpo.algorithms import group_advantages
+from megatron_dgpo.config import FormatTerm, LengthTerm, OverlongTerm, RewardConfig
+from megatron_dgpo.config.algorithms import PRESETS
 from megatron_dgpo.rewards import Combined, build_reward, build_term
 from megatron_dgpo.rollout.select import Verdict, verdict
 from megatron_dgpo.types import Group, Sample
@@ -28,6 +30,29 @@ def test_overlong_is_equation_13() -> None:
     assert term(of_length(100, finish_reason="length")) == -1.0
     default = build_term(OverlongTerm(name="overlong"), max_new_tokens=100)
     assert [default(of_length(n)) for n in (80, 95)] == pytest.approx([0.0, -0.75])
+
+
+@pytest.mark.parametrize("name", ["dapo", "dapo_dgpo"])
+def test_the_preset_gives_the_sources_advantages(name: str) -> None:
+    """DAPO's rewards are +-1 and its punishment goes to -1; ours are 1 and 0, the preset's to half."""
+    preset = PRESETS[name]["reward"]["terms"]
+    (config,) = RewardConfig.model_validate({"name": "hash_answer", "terms": preset}).terms
+    term = build_term(config, max_new_tokens=100)
+    reward = Combined(build_reward("hash_answer"), [(config.name, config.weight, term)])
+    group = [
+        *(of_length(10), of_length(88), of_length(95), of_length(100, finish_reason="length")),
+        *(of_length(10, "#3"), of_length(96, "#3"), of_length(100, "#3", "length")),
+    ]
+    reward.score(group)
+    source = [2.0 * (s.reward_parts["correct"]) - 1.0 + term(s) for s in group]
+    ours = [s.reward for s in group]
+    assert min(source) == -2.0 and max(source) == 1.0
+    for eps in (1e-12, 1e-6):
+        got, want = (group_advantages([r], eps=eps, normalize_by_std=True)[0] for r in (ours, source))
+        assert got == pytest.approx(want, abs=5 * eps)
+    assert group_advantages([ours], eps=1e-12, normalize_by_std=False)[0] == pytest.approx(
+        [a / 2 for a in group_advantages([source], eps=1e-12, normalize_by_std=False)[0] if a is not None]
+    )
 
 
 def test_length_and_format() -> None:

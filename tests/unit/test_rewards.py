@@ -196,7 +196,7 @@ def test_a_worker_ends_with_the_trainer():
 
 
 def test_workers_outlive_the_thread_that_called_first(monkeypatch: pytest.MonkeyPatch):
-    """The kernel ends a worker with the thread that started it, and a rollout scores in threads of its own."""
+    """The kernel ends a worker with the thread that started it, and rollouts score in their own."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     pool, found = ProcessPool("test_rewards:double", 1, 20.0), []
     try:
