@@ -84,6 +84,14 @@ SETTINGS = {
         ],
         "algorithm.name: examples.custom_algorithm.cispo:Cispo: options.ratio_cap: 0.5 must be at least 1",
     ),
+    "critic of another algorithm": Case(
+        ["--algorithm.name", "megatron_dgpo.algorithms.ppo:Ppo"],
+        "algorithm.name: megatron_dgpo.algorithms.ppo:Ppo needs a critic, whose settings are those of 'ppo'",
+    ),
+    "critic's warm-up": Case(
+        ["--algorithm.name", "ppo", "--train.steps", 9, "--algorithm.critic_warmup_steps", 9],
+        "algorithm.critic_warmup_steps: 9 leaves the policy untrained in train.steps 9; use fewer",
+    ),
     "tau without credit": Case(
         ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],
         "algorithm.tau: 0.5 has no effect with algorithm.credit = 'uniform'",

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from typing import Any
 
 import pytest
+import user_rewards
 from test_rewards import sample
 
 from megatron_dgpo.algorithms import group_advantages
 from megatron_dgpo.config import FormatTerm, LengthTerm, OverlongTerm, RewardConfig
 from megatron_dgpo.config.algorithms import PRESETS
-from megatron_dgpo.rewards import Combined, build_reward, build_term
+from megatron_dgpo.rewards import Combined, build_reward, build_term, user
 from megatron_dgpo.rollout.select import Verdict, verdict
 from megatron_dgpo.types import Group, Sample
 
@@ -152,6 +154,41 @@ def test_a_coroutine_judges_all_responses_at_once() -> None:
     assert [s.reward for s in samples] == [1.0] * 30 + [0.0, None, None]
     assert "timed out after 2 s" in str(samples[-2].reward_error)
     assert "RuntimeError: no such answer" in str(samples[-1].reward_error)
+
+
+def test_a_coroutine_that_blocks_fails_and_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user, "GRACE_SECONDS", 0.2)
+    samples = [sample(t, "12") for t in ("12", "block", "13")]
+    try:
+        with build_reward("user_rewards:blocking", timeout_seconds=0.5) as reward:
+            reward.score(samples)
+            assert not user_rewards.RELEASED.is_set()  # the call that blocks still does
+            assert [s.reward for s in samples] == [None] * 3  # the others did not get to end either
+            for s in samples:
+                assert "a coroutine of user_rewards:blocking blocks the others" in str(s.reward_error)
+            reward.score(samples[:1])
+            assert samples[0].reward == 1.0
+    finally:
+        user_rewards.RELEASED.set()
+
+
+def test_coroutines_take_turns() -> None:
+    """No more connections at once than a server takes; and from inside of another event loop as well."""
+    samples = [sample("12", "12") for _ in range(3 * user.CONCURRENT)]
+
+    async def inside() -> None:
+        build_reward("user_rewards:counted").score(samples)
+
+    asyncio.run(inside())
+    assert [s.reward for s in samples] == [1.0] * len(samples)
+    assert user_rewards.MOST == [user.CONCURRENT]
+
+
+@pytest.mark.parametrize("name", ["correct", "format", "length", "overlong"])
+def test_names_of_the_runs_own_parts_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"user_rewards:steering returns '{name}', a name that the run"):
+        build_reward("user_rewards:steering").score([sample(name, "12")])
+    build_reward("user_rewards:steering").score([sample("mine", "12")])
 
 
 @pytest.mark.parametrize(
