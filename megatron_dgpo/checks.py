@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from megatron_dgpo.config import RESERVED_POSITIONS, Config, LaunchConfig, SFTConfig
-from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig
+from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig, PPOConfig
 from megatron_dgpo.config.sources import parse_source
 
 AnyConfig = Config | SFTConfig
@@ -180,7 +180,7 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
             yield f"rollout.sglang.launch.args: {name} follows from {follows} and cannot be set"
 
 
-def _algorithm(a: AlgorithmConfig) -> Iterator[str]:
+def _algorithm(a: AlgorithmConfig, steps: int) -> Iterator[str]:
     if 0 < a.tis_cap < 1:
         yield (
             f"algorithm.tis_cap: {a.tis_cap} would also weigh down tokens that engine and trainer agree on; "
@@ -188,6 +188,16 @@ def _algorithm(a: AlgorithmConfig) -> Iterator[str]:
         )
     if 0 < a.sequence_mask_cap < 1:
         yield f"algorithm.sequence_mask_cap: {a.sequence_mask_cap} is below 1; 0 turns it off"
+    if a.credit == "distribution" and a.tau == "auto" and a.credit_timing != "rollout":
+        yield (
+            f"algorithm.credit_timing: {a.credit_timing!r} takes other scores than algorithm.tau = 'auto' is "
+            "found for; use 'rollout', or a number for tau"
+        )
+    if isinstance(a, PPOConfig) and a.critic_warmup_steps >= steps:
+        yield (
+            f"algorithm.critic_warmup_steps: {a.critic_warmup_steps} leaves the policy untrained in "
+            f"train.steps {steps}; use fewer"
+        )
     dead: dict[str, str] = {}
     if a.credit == "uniform":
         dead |= dict.fromkeys(CreditConfig.model_fields, "algorithm.credit = 'uniform'")
@@ -205,7 +215,7 @@ def _algorithm(a: AlgorithmConfig) -> Iterator[str]:
 
 def _policies(config: Config) -> Iterator[str]:
     """Settings of how rollouts are drawn and corrected."""
-    yield from _algorithm(config.algorithm)
+    yield from _algorithm(config.algorithm, config.train.steps)
     r = config.rollout
     if r.oversampling > 1 and r.engine == "embedded" and not r.dynamic_sampling:
         yield (

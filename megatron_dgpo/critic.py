@@ -6,6 +6,7 @@ Shape suffixes: T packed tokens, H hidden size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from megatron_dgpo.algorithms.batch import feature, masked_mean, only
 from megatron_dgpo.algorithms.gae import clipped_value_loss, generalized_advantages
 from megatron_dgpo.algorithms.segments import sum_over
-from megatron_dgpo.learner import MiniBatch
+from megatron_dgpo.learner import MiniBatch, saved_for_replay
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.mcore.value import token_values
 from megatron_dgpo.observe.meters import Sums
@@ -38,7 +39,10 @@ class Critic:
         """Give every micro-batch its tokens' values, returns and advantages, fixed for its updates.
 
         Advantages have mean 0 and deviation 1 over all tokens of the rollout batch. Returns how much of the
-        returns' variance the values explain.
+        returns' variance the values explain: 0 for equal values, 1 for perfect ones. The returns are GAE's,
+        advantage + value, so for lam < 1 they contain the values of later tokens: values that agree with
+        each other explain some of it even where they are wrong. With lam = 1 and gamma = 1 the returns are
+        the responses' rewards.
         """
         batches = [b for m in minibatches for b in m.batches]
         values = self.policy.forward(batches, self._values)
@@ -79,10 +83,16 @@ class Critic:
             sums.add("explained_variance", explained / replicas, 1 / replicas)
         sums.add("value", means[2] / replicas - means[4] / replicas, 1 / replicas)
 
-    def update(self, minibatch: MiniBatch) -> Sums:
-        """One optimizer step of the value model. Raises NonFiniteUpdate on all ranks."""
-        result = self.policy.update(minibatch.batches, self._loss)
-        sums, replicas = Sums(), self.policy.groups.dp.size()
+    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path) -> Sums:
+        """One optimizer step of the value model.
+
+        Raises:
+            NonFiniteUpdate: on all ranks, after saving the mini-batch for replay.
+        """
+        groups = self.policy.groups
+        with saved_for_replay(minibatch, save_bad_batch_to / f"bad_critic_batch_rank{groups.rank}.pt"):
+            result = self.policy.update(minibatch.batches, self._loss)
+        sums, replicas = Sums(), groups.dp.size()
         sums.add("value_loss", 0.0, 1 / replicas)
         for loss, metrics in result.metrics:
             sums.add("value_loss", loss, 0)

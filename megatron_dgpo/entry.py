@@ -134,9 +134,15 @@ def _algorithm(config: AnyConfig) -> Iterator[str]:
     if not isinstance(config, Config) or ":" not in config.algorithm.name:
         return
     try:
-        build_algorithm(config.algorithm, vocab_size=2, max_response_tokens=1)
+        built = build_algorithm(config.algorithm, vocab_size=2, max_response_tokens=1)
     except ValueError as error:
         yield f"algorithm.name: {config.algorithm.name}: {error}"
+        return
+    if built.needs_critic:
+        yield (
+            f"algorithm.name: {config.algorithm.name} needs a critic, whose settings are those of 'ppo' "
+            "alone; set needs_critic = False, or use 'ppo'"
+        )
 
 
 MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)

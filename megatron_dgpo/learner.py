@@ -5,7 +5,8 @@ Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,16 @@ class MiniBatch:
     imbalance: float = 0.0
     """By how much the replica with the most positions has more than the mean, as a part of it: while it
     works, the others wait."""
+
+
+@contextmanager
+def saved_for_replay(minibatch: MiniBatch, path: Path) -> Iterator[None]:
+    """Where an update on it is not finite, write the mini-batch to `path` and say so in the error."""
+    try:
+        yield
+    except NonFiniteUpdate as error:
+        torch.save(minibatch, path)
+        raise NonFiniteUpdate(f"{error}; the mini-batch is in {path}") from error
 
 
 class Learner:
@@ -120,12 +131,8 @@ class Learner:
             NonFiniteUpdate: on all ranks, after saving the mini-batch for replay.
         """
         sums = Sums()
-        try:
+        with saved_for_replay(minibatch, save_bad_batch_to / f"bad_batch_rank{self.policy.groups.rank}.pt"):
             result = self.policy.update(minibatch.batches, self._loss)
-        except NonFiniteUpdate as error:
-            path = save_bad_batch_to / f"bad_batch_rank{self.policy.groups.rank}.pt"
-            torch.save(minibatch, path)
-            raise NonFiniteUpdate(f"{error}; the mini-batch is in {path}") from error
         # Every replica adds its part of the one loss, and each counts for its share of it.
         replicas = self.policy.groups.dp.size()
         sums.add("loss", 0.0, 1 / replicas)

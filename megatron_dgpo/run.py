@@ -151,9 +151,11 @@ def build_policy(
 
 
 def build_critic(config: Config, groups: platform.Groups, *, total_updates: int) -> Critic:
-    """A value model with the start policy's transformer, and PPO's settings."""
+    """A value model with the start policy's transformer, and PPO's settings. Raises ValueError for another
+    algorithm, which has none."""
     algorithm = config.algorithm
-    assert isinstance(algorithm, PPOConfig), "the algorithm that has a critic"
+    if not isinstance(algorithm, PPOConfig):
+        raise ValueError(f"algorithm.name: {algorithm.name}: a value model takes its settings from 'ppo'")
     model = build_model(
         ModelShape.from_folder(config.model.path),
         config.parallel,

@@ -232,7 +232,7 @@ class Trainer:
             for _ in range(epochs):
                 for minibatch in minibatches:
                     if self.critic is not None:
-                        sums.merge(self.critic.update(minibatch))
+                        sums.merge(self.critic.update(minibatch, save_bad_batch_to=folder.path))
                     if not warming_up:
                         sums.merge(self.learner.update(minibatch, save_bad_batch_to=folder.path))
                     bar.update()

@@ -29,6 +29,8 @@ AUTO = "auto"
 LEAST_TAU, GREATEST_TAU = 1e-4, 1e3
 """Bounds of tau = "auto". Distances carry errors of 1e-7 (float32), which the lower one keeps harmless."""
 _HALVINGS = 40
+_EQUAL = 1.0 - 1e-6
+"""A fraction above this at LEAST_TAU: the scores of every response are equal, up to their errors."""
 
 
 class CreditSettings(Protocol):
@@ -77,7 +79,9 @@ class DistributionCredit(Credit):
     The paper leaves open when they are taken. credit_timing "rollout": once per rollout batch, under pi_old;
     "update": under the current policy at each update. tau and kappa may follow a schedule over the run
     (named as future work there); tau = "auto" finds, for each rollout batch, the tau at which the mean
-    effective token fraction of its responses is `effective_fraction`.
+    effective token fraction of its responses is `effective_fraction`. It follows from the batch alone, so a
+    resumed run finds the same. It needs weights that are taken at the rollout: those of later updates have
+    other scores (at the start policy all are equal, and every tau meets any fraction or none).
 
     Raises ValueError for settings out of range.
     """
@@ -120,8 +124,7 @@ class DistributionCredit(Credit):
             return
         self.tau = self._solve(scored, group)
         for scores_T, batch in scored:
-            if not self.update_needs_reference:
-                batch.features["credit_weights"] = self._spread(scores_T, batch)
+            batch.features["credit_weights"] = self._spread(scores_T, batch)
 
     def weights(self, stats: TokenStats, batch: PackedBatch) -> torch.Tensor:
         if self.update_needs_reference:
@@ -153,8 +156,11 @@ class DistributionCredit(Credit):
         """The tau at which the mean effective fraction meets the target, by bisection of its logarithm.
 
         The fraction rises with tau: d ln(sum e^2bs / (sum e^bs)^2) / db = 2 (E_2b[s] - E_b[s]) >= 0 for
-        b = 1 / tau. Where no tau in the bounds gives it, the nearer bound is taken.
+        b = 1 / tau. Where no tau in the bounds gives it, the nearer bound is taken, and where the scores of
+        every response are equal, so that all weights are 1 whatever tau is, 1.0.
         """
+        if self._mean_fraction(scored, LEAST_TAU, group) > _EQUAL:
+            return 1.0
         low, high = math.log(LEAST_TAU), math.log(GREATEST_TAU)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
@@ -232,3 +238,8 @@ def _check(config: CreditSettings, vocab_size: int) -> None:
         raise ValueError(f"effective_fraction={config.effective_fraction}: must be between 0 and 1")
     if config.tau == AUTO and config.tau_schedule != "constant":
         raise ValueError("tau='auto' has no schedule: tau follows from effective_fraction")
+    if config.tau == AUTO and config.credit_timing != "rollout":
+        raise ValueError(
+            f"tau='auto' is found for the scores of the rollout, and credit_timing={config.credit_timing!r} "
+            "takes others; use 'rollout'"
+        )

@@ -17,7 +17,11 @@ class GrpoSettings(Settings, Protocol):
 
 class Grpo(Algorithm):
     """Clipped surrogate with, for kl_coef > 0, a penalty kl_coef * k3 towards the reference (Eq. 3 and 4,
-    arXiv 2402.03300)."""
+    arXiv 2402.03300).
+
+    kl_coef is 0 by default, unlike the 0.04 there: beside DGPO, whose Eq. 7 has no such term, and DAPO, which
+    leaves it out (section 2.3, arXiv 2503.14476), GRPO is to differ in credit alone.
+    """
 
     def __init__(self, config: GrpoSettings, **world: Any) -> None:
         super().__init__(config, **world)

@@ -19,7 +19,7 @@ class CreditConfig(Section):
     """uniform: every token gets the response's advantage. distribution: DGPO's weights (Eq. 6)."""
     tau: Positive | Literal["auto"] = 1.0
     """Temperature of the softmax that spreads credit (Eq. 6); small concentrates it. "auto": found for each
-    rollout batch, so that effective_fraction holds."""
+    rollout batch, so that effective_fraction holds; with credit_timing = "rollout" only."""
     tau_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How tau goes to tau_final over the run."""
     tau_final: Positive = 1.0
@@ -73,7 +73,8 @@ class GRPOConfig(PolicyGradientConfig):
     name: Literal["grpo"] = "grpo"
     """See dgpo."""
     kl_coef: NonNegative = 0.0
-    """Weight of the k3 estimate of KL(policy || reference)."""
+    """Weight of the k3 estimate of KL(policy || reference): 0, as the other algorithms have no such term and
+    DGPO's comparison is about credit alone; DeepSeekMath, the source, has 0.04."""
 
 
 class DAPOConfig(PolicyGradientConfig):
@@ -159,8 +160,16 @@ AlgorithmConfig = Annotated[
     Discriminator(_algorithm_tag),
 ]
 
+OVERLONG_WEIGHT = 0.5
+"""DAPO rewards answers with 1 or -1 (Eq. 7, arXiv 2503.14476) and takes up to 1 off the overlong ones
+(Eq. 13); rewards here are 1 or 0. Half the punishment keeps the proportion: the source's sum is
+2 (x + p / 2) - 1 with x in {0, 1}, and the group's normalisation takes shift and factor out."""
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    name: {"rollout": {"dynamic_sampling": True}, "reward": {"terms": [{"name": "overlong"}]}}
+    name: {
+        "rollout": {"dynamic_sampling": True},
+        "reward": {"terms": [{"name": "overlong", "weight": OVERLONG_WEIGHT}]},
+    }
     for name in ("dapo", "dapo_dgpo")
 }
 """Defaults that an algorithm brings for other sections."""

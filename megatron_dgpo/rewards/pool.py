@@ -16,6 +16,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 START_SECONDS = 120.0
@@ -77,7 +78,7 @@ class ProcessPool:
     """Calls one function, named "module:function", in `num_workers` processes.
 
     The function takes keyword arguments and returns a dict, both of which JSON can carry. Workers
-    start with the first call to `map` and end with `close` or with this process.
+    start with the first call to `map` and end with `close` or with this process, whichever threads call.
     """
 
     def __init__(self, task: str, num_workers: int, timeout_seconds: float) -> None:
@@ -86,6 +87,9 @@ class ProcessPool:
         self.timeout_seconds = timeout_seconds
         self._workers: list[_Worker] = []
         self._lock = threading.Lock()
+        # The kernel ends a worker with the thread that started it (see `worker`), so one thread that lives
+        # as long as the workers do starts them all; callers' threads come and go.
+        self._starter: ThreadPoolExecutor | None = None
 
     def map(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
         """For each call, in order, what the function returned, or a string that says why it failed:
@@ -101,6 +105,9 @@ class ProcessPool:
         with self._lock:
             while self._workers:
                 self._workers.pop().end()
+            if self._starter is not None:
+                self._starter.shutdown()
+                self._starter = None
 
     def _map(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
         results: list[dict[str, Any] | str | None] = [None] * len(calls)
@@ -122,12 +129,17 @@ class ProcessPool:
                 worker.end()  # it died between calls: nobody's fault
                 self._workers.remove(worker)
         while len(self._workers) < self.num_workers:
-            self._workers.append(_Worker(self.task))
+            self._workers.append(self._start())
         for worker in self._workers:
             if waiting and worker.ready and worker.call is None:
                 index = waiting.popleft()
                 # Where the worker is gone already, its closed pipe tells `_collect`.
                 worker.send(index, calls[index], self.timeout_seconds)
+
+    def _start(self) -> _Worker:
+        if self._starter is None:
+            self._starter = ThreadPoolExecutor(1, thread_name_prefix="reward-workers")
+        return self._starter.submit(_Worker, self.task).result()
 
     def _collect(self, results: list[dict[str, Any] | str | None]) -> None:
         busy = [worker for worker in self._workers if worker.call is not None or not worker.ready]

@@ -12,6 +12,8 @@ from megatron_dgpo.types import Sample
 
 CORRECT = "correct"
 """The part of a combined reward that the answer's reward gave."""
+RESERVED = (CORRECT, "format", "length", "overlong")
+"""Parts that the run itself gives; dynamic sampling reads the first."""
 Term = Callable[[Sample], float]
 
 

@@ -5,16 +5,26 @@ from __future__ import annotations
 import asyncio
 import importlib
 import inspect
+import logging
 import math
+import queue
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_dgpo.rewards.answers import canonical, final_answer
 from megatron_dgpo.rewards.base import Outcome, Reward
 from megatron_dgpo.rewards.pool import ProcessPool, call_here
+from megatron_dgpo.rewards.terms import RESERVED
 from megatron_dgpo.types import Sample
 
+log = logging.getLogger(__name__)
+
 TASK = "megatron_dgpo.rewards.user:call"
+CONCURRENT = 64
+"""Coroutines that are under way at once; more wait, and their time with them."""
+GRACE_SECONDS = 5.0
+"""How much later than its time limit a coroutine may come back before it counts as one that blocks."""
 
 
 class UserReward(Reward):
@@ -22,10 +32,11 @@ class UserReward(Reward):
     with "reward" and other numbers, which become parts.
 
     A plain function runs in worker processes where there are any, which end it when it takes too long; a
-    coroutine runs in this process, all responses at once, each with the same time limit. An exception, a
-    time-out or a value that is not a finite number fails the response.
+    coroutine runs in a thread of this process, up to CONCURRENT responses at once, each with the same time
+    limit. An exception, a time-out or a value that is not a finite number fails the response; so does a
+    coroutine that blocks, with all that it keeps from running.
 
-    Raises ValueError for a path that cannot be imported.
+    Raises ValueError for a path that cannot be imported, and in `outcomes` for a part with a RESERVED name.
     """
 
     def __init__(self, path: str, *, timeout_seconds: float = 10.0, num_workers: int = 0) -> None:
@@ -49,15 +60,41 @@ class UserReward(Reward):
         ]
         results: Sequence[dict[str, Any] | str]
         if self._is_async:
-            results = asyncio.run(self._all(calls))
+            results = self._all(calls)
         elif self._pool is not None:
             results = self._pool.map(calls)
         else:
             results = call_here(call, calls)
+        taken = {name for r in results if not isinstance(r, str) for name in r["parts"]} & set(RESERVED)
+        if taken:
+            raise ValueError(
+                f"reward.name: {self._path} returns {sorted(taken)[0]!r}, a name that the run itself gives a "
+                f"part of the reward (as {', '.join(RESERVED)}); call it otherwise"
+            )
         return [Outcome(error=r) if isinstance(r, str) else Outcome(r["value"], r["parts"]) for r in results]
 
-    async def _all(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
-        return await asyncio.gather(*map(self._one, calls))
+    def _all(self, calls: Sequence[dict[str, Any]]) -> list[dict[str, Any] | str]:
+        """In a thread, which can be left alone with a coroutine that never gives control back."""
+        results: list[dict[str, Any] | str | None] = [None] * len(calls)
+        answered: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+        async def one(index: int, free: asyncio.Semaphore) -> None:
+            async with free:
+                results[index] = await self._one(calls[index])
+            answered.put(index)
+
+        async def everything() -> None:
+            free = asyncio.Semaphore(CONCURRENT)
+            await asyncio.gather(*(one(index, free) for index in range(len(calls))))
+
+        threading.Thread(target=lambda: asyncio.run(everything()), name="user reward", daemon=True).start()
+        try:
+            for _ in calls:  # as long as nothing blocks, one comes back within the time limit
+                answered.get(timeout=self.timeout_seconds + GRACE_SECONDS)
+        except queue.Empty:
+            log.warning("%s: a coroutine blocks the others; use await in it, or a plain function", self._path)
+        blocked = f"timed out after {self.timeout_seconds:g} s: a coroutine of {self._path} blocks the others"
+        return [blocked if result is None else result for result in list(results)]
 
     async def _one(self, given: dict[str, Any]) -> dict[str, Any] | str:
         arguments = {k: v for k, v in given.items() if k not in ("path", "text", "gold")}

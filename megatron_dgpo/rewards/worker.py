@@ -54,7 +54,8 @@ def main(task: str) -> None:
 
 def _end_with_trainer() -> None:
     """A long computation can keep the reading thread from seeing that standard input has ended; on
-    Linux the kernel ends the worker instead."""
+    Linux the kernel ends the worker instead. It does so when the thread that started the worker ends, not
+    the process: `pool` starts workers in a thread that lives as long as they may."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -34,6 +34,7 @@ def critic_step(folder: Path, kwargs, max_tokens):
     from megatron_dgpo.algorithms import build_algorithm
     from megatron_dgpo.data.packing import unpack
     from megatron_dgpo.learner import Learner
+    from megatron_dgpo.mcore.policy import NonFiniteUpdate
     from megatron_dgpo.run import build_critic, build_policy, merge_over_ranks
 
     c = config(folder, max_tokens=max_tokens, optimizer=STEP, algorithm=PPO, **kwargs)
@@ -57,7 +58,7 @@ def critic_step(folder: Path, kwargs, max_tokens):
         kept = [dict(b.features) for b in minibatch.batches]
         out = []
         for _ in range(2):
-            sums.merge(critic.update(minibatch))
+            sums.merge(critic.update(minibatch, save_bad_batch_to=folder))
             out.append(merge_over_ranks(sums, groups))
             sums = type(sums)()
         critic.prepare([minibatch])
@@ -71,6 +72,13 @@ def critic_step(folder: Path, kwargs, max_tokens):
                 found = unpack(minibatch.batches, values, len(minibatch.samples))
                 for s, row in zip(minibatch.samples, found, strict=True):
                     rows.setdefault((s.prompt.id, s.index), {})[name] = row.clone()
+        for batch in minibatch.batches if groups.is_last_stage else []:
+            batch.features["returns"].fill_(math.nan)
+        (bad := folder / f"world{groups.world_size}").mkdir(exist_ok=True)
+        with pytest.raises(NonFiniteUpdate, match="the mini-batch is in ") as caught:
+            critic.update(minibatch, save_bad_batch_to=bad)
+        saved = torch.load(str(caught.value).rpartition(" is in ")[2], weights_only=False)
+        assert saved.num_tokens == minibatch.num_tokens
         return {"metrics": out, "rows": rows}
 
 

@@ -13,6 +13,7 @@ from test_algorithms import COMMON, LENGTHS, VOCAB, close, engine_log_probs, pac
 
 from megatron_dgpo.algorithms import Algorithm, build_algorithm
 from megatron_dgpo.algorithms.advantages import leave_one_out_advantages
+from megatron_dgpo.algorithms.assignment import LEAST_TAU
 from megatron_dgpo.algorithms.schedules import scheduled
 from megatron_dgpo.ops import token_stats
 
@@ -23,6 +24,7 @@ DEFAULTS = {
     "gspo": {"clip_low": 3e-3, "clip_high": 4e-3},
     "dr_grpo": {"normalize_by_std": False, "aggregation": "fixed_length"},
     "reinforce": {"aggregation": "sequence_sum"},
+    "ppo": {"aggregation": "token_mean"},
 }
 
 
@@ -113,6 +115,36 @@ def test_loss_and_gradient(name, formula, how, move):
     assert want[1].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("credit", [False, True])
+@pytest.mark.parametrize("move", [0.3, 0.02])
+def test_ppo_takes_each_tokens_own_advantage(move, credit):
+    """One mean over all tokens of the clipped surrogate (Eq. 7, arXiv 1707.06347). The responses' rewards,
+    which advantages_S holds, must not come in once the critic has given tokens theirs."""
+    case = problem(move=move)
+    mask = case[4]
+    advantages_T = torch.randn(len(mask), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    parts, leaf = responses(case)
+    rows = torch.split(advantages_T[mask], [len(lp) for lp, *_ in parts])
+    terms = [
+        clipped((lp - lo).exp(), a * (w if credit else 1.0), 0.2, 0.28)
+        for (lp, lo, w, _), a in zip(parts, rows, strict=True)
+    ]
+    loss = -torch.cat(terms).mean()
+    (grad,) = torch.autograd.grad(loss, leaf)
+    ppo = make("ppo", **({"credit": "distribution", "tau": 0.2} if credit else {}))
+    assert ppo.needs_critic
+    advantages_T[~mask] = math.inf  # whatever stands there
+    close(run(ppo, case, advantages_T=advantages_T), (float(loss.detach()), grad))
+    assert grad.abs().max() > 1e-4
+    splits = [
+        run(ppo, case, sequences, 5, int(mask.sum()), advantages_T=advantages_T)
+        for sequences in ([4, 0], [2, 1, 3])
+    ]
+    assert sum(s[0] for s in splits) == pytest.approx(float(loss.detach()), abs=2e-5)
+    assert (sum(s[1] for s in splits) - grad).abs().max() <= 2e-6
+    assert ppo.advantages([[1.0, None], [0.5, 0.5]]) == [[1.0, None], [0.5, 0.5]]
+
+
 def test_credit_goes_with_the_sequence_ratio():
     case = problem(move=0.02)
     got = run(make("gspo", credit="distribution", tau=0.2), case)
@@ -120,7 +152,7 @@ def test_credit_goes_with_the_sequence_ratio():
     assert got[0] == pytest.approx(run(make("gspo"), case)[0], abs=1e-6)
 
 
-@pytest.mark.parametrize("name", [*DEFAULTS, "dgpo", "grpo"])
+@pytest.mark.parametrize("name", [*(n for n in DEFAULTS if n != "ppo"), "dgpo", "grpo"])
 def test_the_split_does_not_matter_and_equal_rewards_teach_nothing(name):
     case = problem(move=0.05)
     credit = {} if name in ("dgpo", "grpo") else {"credit": "distribution"}
@@ -243,6 +275,24 @@ def test_auto_tau_at_the_reference_leaves_credit_uniform():
     auto = make("dgpo", credit="distribution", tau="auto", effective_fraction=0.5)
     (batch,) = prepared(auto, problem(shift=0.0, move=0.0), [range(5)])
     assert torch.equal(batch.features["credit_weights"], batch.loss_mask_T.float())
+    assert auto.credit.tau == 1.0  # and not the least, which would be the bisection's end
+
+
+def test_auto_tau_follows_from_the_batch_alone():
+    """So a run that was resumed after any step has the tau of one that was not."""
+    cases = [problem(shift=0.0, move=0.0), problem(seed=1), problem(shift=1e-9, move=0.0), problem(shift=0.1)]
+    goes_on = make("dgpo", credit="distribution", tau="auto", effective_fraction=0.7)
+    for case in cases:
+        fresh = make("dgpo", credit="distribution", tau="auto", effective_fraction=0.7)
+        (a,), (b,) = prepared(goes_on, case, [range(5)]), prepared(fresh, case, [range(5)])
+        assert goes_on.credit.tau == fresh.credit.tau
+        assert torch.equal(a.features["credit_weights"], b.features["credit_weights"])
+
+
+def test_a_fraction_that_no_tau_gives_has_the_nearer_bound():
+    auto = make("dgpo", credit="distribution", tau="auto", effective_fraction=1e-3)
+    prepared(auto, problem(), [range(5)])
+    assert auto.credit.tau == pytest.approx(LEAST_TAU, rel=1e-9)
 
 
 # --- a user's own -----------------------------------------------------------------------------------
@@ -278,6 +328,10 @@ def test_an_algorithm_by_its_path():
         ({"credit": "distribution", "kappa": -1.0}, "kappa=-1.0"),
         ({"credit": "distribution", "tau": "auto", "effective_fraction": 1.0}, "effective_fraction=1.0"),
         ({"credit": "distribution", "tau": "auto", "tau_schedule": "linear"}, "tau='auto' has no schedule"),
+        (
+            {"credit": "distribution", "tau": "auto", "credit_timing": "update"},
+            "tau='auto' is found for the scores of the rollout, and credit_timing='update' takes others",
+        ),
         ({"tis_cap": 0.5}, "tis_cap=0.5"),
         ({"sequence_mask_cap": 0.9}, "sequence_mask_cap=0.9"),
     ],

@@ -178,9 +178,11 @@ def pack(targets, mask, advantages, sequences=range(5)):
     )
 
 
-def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None, engine=None):
+def run(
+    algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None, engine=None, advantages_T=None
+):
     """Loss, gradient of the current logits (all tokens; zero elsewhere) and metrics of one micro-batch.
-    engine: the engine's log-probs; the trainer's own where None."""
+    engine: the engine's log-probs; the trainer's own where None. advantages_T: a critic's, of all tokens."""
     reference, old, now, targets, mask, advantages = case
     where, batch = pack(targets, mask, advantages, sequences)
     num_tokens = int(mask.sum()) if num_tokens is None else num_tokens
@@ -192,6 +194,8 @@ def run(algorithm, case, sequences=range(5), num_sequences=5, num_tokens=None, e
         )
     batch.features = algorithm.rollout_features(stats, batch)
     batch.features["engine_log_probs"] = stats.log_probs if engine is None else engine[where]
+    if advantages_T is not None:
+        batch.features["advantages"] = advantages_T[where]
     batch.coefficients_T = algorithm.token_coefficients(batch, num_sequences, num_tokens)
     leaf = now.clone().requires_grad_()
     stats = token_stats(

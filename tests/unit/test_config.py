@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from megatron_dgpo.algorithms import ALGORITHMS
 from megatron_dgpo.cli import ConfigError, _models_in, dump_toml, keys, validate
 from megatron_dgpo.config import Config, SFTConfig
 
@@ -64,6 +65,56 @@ def test_no_section_takes_unknown_keys_or_changes_after_the_check(schema: type[B
         assert model.model_config["extra"] == "forbid", model
         assert model.model_config["frozen"], model
         assert model.model_config["strict"], model
+
+
+PLAIN = dict(
+    clip_low=0.2, clip_high=0.2, normalize_by_std=True, aggregation="sequence_mean", credit="uniform"
+)
+CREDIT = dict(
+    tau=1.0,
+    kappa=1.0,
+    tau_schedule="constant",
+    kappa_schedule="constant",
+    entropy_normalization="log_vocab",
+    distance="hellinger",
+    credit_timing="rollout",
+    effective_fraction=0.9,
+)
+SOURCES: dict[str, dict[str, Any]] = {
+    # arXiv 2605.03327, section 5.1
+    "dgpo": {**PLAIN, "credit": "distribution"},
+    # arXiv 2402.03300; its KL term (0.04) is off here, as GRPO's docstring says
+    "grpo": {**PLAIN, "kl_coef": 0.0},
+    # arXiv 2503.14476, section 4.1
+    "dapo": {**PLAIN, "clip_high": 0.28, "aggregation": "token_mean"},
+    "dapo_dgpo": {**PLAIN, "clip_high": 0.28, "aggregation": "token_mean", "credit": "distribution"},
+    # arXiv 2507.18071, section 5.1
+    "gspo": {**PLAIN, "clip_low": 3e-4, "clip_high": 4e-4},
+    # arXiv 2503.20783, section 3.2
+    "dr_grpo": {**PLAIN, "normalize_by_std": False, "aggregation": "fixed_length"},
+    # arXiv 2402.14740, section 3.2
+    "reinforce": {**PLAIN, "aggregation": "sequence_sum"},
+    # arXiv 1707.06347 and 1506.02438; values as its language-model baselines have them (2503.14476)
+    "ppo": {
+        **{**PLAIN, "aggregation": "token_mean", "gamma": 1.0, "lam": 0.95, "value_clip": 0.2},
+        **{"critic_lr": 1e-5, "critic_warmup_steps": 0},
+    },
+}
+
+
+def test_every_algorithm_has_its_sources_defaults() -> None:
+    common = {**CREDIT, "advantage_eps": 1e-6, "tis_cap": 0.0, "sequence_mask_cap": 0.0}
+    for name in ALGORITHMS:
+        config = validate({**RL, "algorithm": {"name": name}}, Config)
+        got = config.algorithm.model_dump()
+        # Where no schedule runs, its end means nothing.
+        assert (got.pop("name"), got.pop("tau_final"), got.pop("kappa_final")) == (name, 1.0, 1.0)
+        assert got == common | SOURCES[name], name
+        dapo = name.startswith("dapo")
+        assert config.rollout.dynamic_sampling is dapo
+        assert [(t.name, t.weight) for t in config.reward.terms] == [("overlong", 0.5)] * dapo
+        if dapo:  # a fifth of rollout.max_new_tokens: 4,096 of 20,480 there
+            assert config.reward.terms[0].model_dump()["buffer_tokens"] == 0
 
 
 def test_values_cannot_be_changed() -> None:

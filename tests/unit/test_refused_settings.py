@@ -85,6 +85,14 @@ SETTINGS = {
         ],
         "algorithm.name: examples.custom_algorithm.cispo:Cispo: options.ratio_cap: 0.5 must be at least 1",
     ),
+    "critic of another algorithm": Case(
+        ["--algorithm.name", "megatron_dgpo.algorithms.ppo:Ppo"],
+        "algorithm.name: megatron_dgpo.algorithms.ppo:Ppo needs a critic, whose settings are those of 'ppo'",
+    ),
+    "critic's warm-up": Case(
+        ["--algorithm.name", "ppo", "--train.steps", 9, "--algorithm.critic_warmup_steps", 9],
+        "algorithm.critic_warmup_steps: 9 leaves the policy untrained in train.steps 9; use fewer",
+    ),
     "tau without credit": Case(
         ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],
         "algorithm.tau: 0.5 has no effect with algorithm.credit = 'uniform'",
@@ -96,6 +104,10 @@ SETTINGS = {
     "schedule of auto": Case(
         ["--algorithm.tau", "auto", "--algorithm.tau_schedule", "linear"],
         "algorithm.tau_schedule: 'linear' has no effect with algorithm.tau = 'auto'",
+    ),
+    "auto at updates": Case(
+        ["--algorithm.tau", "auto", "--algorithm.credit_timing", "update"],
+        "algorithm.credit_timing: 'update' takes other scores than algorithm.tau = 'auto' is found for; use",
     ),
     "fraction of no auto": Case(
         ["--algorithm.effective_fraction", 0.5],

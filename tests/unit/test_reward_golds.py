@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import json
 import re
-import time
+import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from test_rewards import sample
+from test_rewards import sample, wait_until
 
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rewards.answers import gold_answer
+from megatron_dgpo.rewards.pool import _Worker
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 AIME, GSM8K = DATA / "aime-2024.parquet", DATA / "gsm8k_test.jsonl"
@@ -79,29 +81,56 @@ def test_no_gold_answer_verifies_as_a_neighbour(reward: Reward) -> None:
     assert [(s.text, s.prompt.answer, s.reward_error) for s in samples if s.reward != 0.0] == []
 
 
+ENDLESS = {
+    "nested braces": "\\boxed{" + "{" * 10_000 + "1" + "}" * 10_000 + "}",
+    "1e9 to the 1e9": "\\boxed{1000000000^{1000000000}}",
+    "tower": "\\boxed{9^{9^{9^{9}}}}",
+    "sum": "\\boxed{\\sum_{n=1}^{10^{12}} \\frac{1}{n^3}}",
+}
+"""Each keeps a worker busy for longer than any time limit."""
+
+
+def workers_since(before: set[int]) -> set[int]:
+    return {p.pid for p in psutil.Process().children(recursive=True)} - before
+
+
 def test_hostile_responses_time_out_and_leave_nothing_behind() -> None:
-    before = {p.pid for p in psutil.Process().children(recursive=True)}
-    hostile = [
-        "\\boxed{" + "{" * 10_000 + "1" + "}" * 10_000 + "}",
-        "\\boxed{(1e9)^{(1e9)}}",
-        "\\boxed{9^{9^{9^{9}}}}",
-        "\\boxed{" + "(" * 400 + "x+1" + ")^2" * 400 + "}",
-        "\\boxed{\\sqrt[97]{" + "123456789" * 40 + "}}",
-    ]
+    """As failed, not as wrong. The text 1e9**1e9 is no LaTeX: it is read as no answer or another one, and is
+    wrong at once; what it means does not end, and fails as the others."""
+    before = workers_since(set())
+    hostile = [sample(text, "5") for text in ENDLESS.values()]
+    harmless = [sample(text, "5") for text in ("1e9**1e9", "\\boxed{1e9**1e9}", "\\boxed{(1e9)^{(1e9)}}")]
     fine = [sample("\\boxed{5}", "5"), sample("\\boxed{6}", "5")]
     with build_reward("math_verify", num_workers=2, timeout_seconds=3.0) as reward:
-        reward.score(fine)  # workers are warm
-        samples = [fine[0], *(sample(text, "5") for text in hostile), fine[1]]
-        started = time.monotonic()
-        reward.score(samples)
-        seconds = time.monotonic() - started
-        workers = {p.pid for p in psutil.Process().children(recursive=True)} - before
-        assert 1 <= len(workers) <= 2  # one that was ended is replaced when it is needed
-    # Never right, and never more than its time each, with some to start a new worker after it.
-    assert all(s.reward in (0.0, None) for s in samples[1:-1])
-    assert all(s.reward_error for s in samples[1:-1] if s.reward is None)
-    braces, _, tower, *_ = samples[1:-1]
-    assert all("timed out after 3 s" in str(s.reward_error) for s in (braces, tower))
+        reward.score([fine[0], *hostile, *harmless, fine[1]])
+        assert 1 <= len(workers_since(before)) <= 2  # one that was ended is replaced when it is needed
+    assert [(s.reward, s.reward_error) for s in hostile] == [(None, "timed out after 3 s")] * 4
+    assert [(s.reward, s.reward_error) for s in harmless] == [(0.0, None)] * 3
     assert (fine[0].reward, fine[1].reward) == (1.0, 0.0)
-    assert seconds < 60
-    assert not {p.pid for p in psutil.Process().children(recursive=True)} - before
+    assert not workers_since(before)
+
+
+def test_a_hostile_response_does_not_stall_its_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are scored while it still runs. Here nothing else ends it."""
+    before, answers = workers_since(set()), []
+    receive = _Worker.receive
+
+    def counted(worker: _Worker) -> list[dict[str, Any]] | None:
+        messages = receive(worker)
+        answers.extend(m for m in messages or [] if "result" in m or "error" in m)
+        return messages
+
+    monkeypatch.setattr(_Worker, "receive", counted)
+    hostile, fine = sample(ENDLESS["tower"], "5"), [sample("\\boxed{5}", "5") for _ in range(12)]
+    with build_reward("math_verify", num_workers=2, timeout_seconds=1000.0) as reward:
+        scoring = threading.Thread(target=reward.score, args=([hostile, *fine],), daemon=True)
+        scoring.start()
+        wait_until(lambda: len(answers) == len(fine))
+        assert scoring.is_alive()
+        for pid in workers_since(before):
+            psutil.Process(pid).kill()
+        scoring.join(timeout=60)
+        assert not scoring.is_alive()
+    assert [s.reward for s in fine] == [1.0] * 12
+    assert (hostile.reward, hostile.reward_error) == (None, "the worker process died with exit status -9")
+    assert not workers_since(before)

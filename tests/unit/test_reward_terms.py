@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from typing import Any
 
 import pytest
+import user_rewards
 from test_rewards import sample
 
-from megatron_dgpo.config import FormatTerm, LengthTerm, OverlongTerm
-from megatron_dgpo.rewards import Combined, build_reward, build_term
+from megatron_dgpo.algorithms import group_advantages
+from megatron_dgpo.config import FormatTerm, LengthTerm, OverlongTerm, RewardConfig
+from megatron_dgpo.config.algorithms import PRESETS
+from megatron_dgpo.rewards import Combined, build_reward, build_term, user
 from megatron_dgpo.rollout.select import Verdict, verdict
 from megatron_dgpo.types import Group, Sample
 
@@ -28,6 +32,29 @@ def test_overlong_is_equation_13() -> None:
     assert term(of_length(100, finish_reason="length")) == -1.0
     default = build_term(OverlongTerm(name="overlong"), max_new_tokens=100)
     assert [default(of_length(n)) for n in (80, 95)] == pytest.approx([0.0, -0.75])
+
+
+@pytest.mark.parametrize("name", ["dapo", "dapo_dgpo"])
+def test_the_preset_gives_the_sources_advantages(name: str) -> None:
+    """DAPO's rewards are +-1 and its punishment goes to -1; ours are 1 and 0, the preset's to half."""
+    preset = PRESETS[name]["reward"]["terms"]
+    (config,) = RewardConfig.model_validate({"name": "hash_answer", "terms": preset}).terms
+    term = build_term(config, max_new_tokens=100)
+    reward = Combined(build_reward("hash_answer"), [(config.name, config.weight, term)])
+    group = [
+        *(of_length(10), of_length(88), of_length(95), of_length(100, finish_reason="length")),
+        *(of_length(10, "#3"), of_length(96, "#3"), of_length(100, "#3", "length")),
+    ]
+    reward.score(group)
+    source = [2.0 * (s.reward_parts["correct"]) - 1.0 + term(s) for s in group]
+    ours = [s.reward for s in group]
+    assert min(source) == -2.0 and max(source) == 1.0
+    for eps in (1e-12, 1e-6):
+        got, want = (group_advantages([r], eps=eps, normalize_by_std=True)[0] for r in (ours, source))
+        assert got == pytest.approx(want, abs=5 * eps)
+    assert group_advantages([ours], eps=1e-12, normalize_by_std=False)[0] == pytest.approx(
+        [a / 2 for a in group_advantages([source], eps=1e-12, normalize_by_std=False)[0] if a is not None]
+    )
 
 
 def test_length_and_format() -> None:
@@ -127,6 +154,41 @@ def test_a_coroutine_judges_all_responses_at_once() -> None:
     assert [s.reward for s in samples] == [1.0] * 30 + [0.0, None, None]
     assert "timed out after 2 s" in str(samples[-2].reward_error)
     assert "RuntimeError: no such answer" in str(samples[-1].reward_error)
+
+
+def test_a_coroutine_that_blocks_fails_and_does_not_hang_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(user, "GRACE_SECONDS", 0.2)
+    samples = [sample(t, "12") for t in ("12", "block", "13")]
+    try:
+        with build_reward("user_rewards:blocking", timeout_seconds=0.5) as reward:
+            reward.score(samples)
+            assert not user_rewards.RELEASED.is_set()  # the call that blocks still does
+            assert [s.reward for s in samples] == [None] * 3  # the others did not get to end either
+            for s in samples:
+                assert "a coroutine of user_rewards:blocking blocks the others" in str(s.reward_error)
+            reward.score(samples[:1])
+            assert samples[0].reward == 1.0
+    finally:
+        user_rewards.RELEASED.set()
+
+
+def test_coroutines_take_turns() -> None:
+    """No more connections at once than a server takes; and from inside of another event loop as well."""
+    samples = [sample("12", "12") for _ in range(3 * user.CONCURRENT)]
+
+    async def inside() -> None:
+        build_reward("user_rewards:counted").score(samples)
+
+    asyncio.run(inside())
+    assert [s.reward for s in samples] == [1.0] * len(samples)
+    assert user_rewards.MOST == [user.CONCURRENT]
+
+
+@pytest.mark.parametrize("name", ["correct", "format", "length", "overlong"])
+def test_names_of_the_runs_own_parts_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"user_rewards:steering returns '{name}', a name that the run"):
+        build_reward("user_rewards:steering").score([sample(name, "12")])
+    build_reward("user_rewards:steering").score([sample("mine", "12")])
 
 
 @pytest.mark.parametrize(

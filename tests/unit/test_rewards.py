@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -9,8 +11,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_dgpo.rewards import Outcome, Reward, build_reward, canonical_answer, register, reward_names
@@ -133,6 +137,12 @@ def double(number: int) -> dict[str, int]:
     return {"double": 2 * number, "pid": os.getpid()}
 
 
+def hold(path: str) -> dict[str, int]:
+    """Never ends, and never lets another thread of the worker run: a long computation in C."""
+    Path(path).touch()
+    return {"slept": ctypes.PyDLL(None).sleep(1000)}
+
+
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
@@ -183,6 +193,53 @@ def test_a_worker_ends_with_the_trainer():
     finally:
         worker.kill()
         worker.stdout.close()
+
+
+def test_workers_outlive_the_thread_that_called_first(monkeypatch: pytest.MonkeyPatch):
+    """The kernel ends a worker with the thread that started it, and rollouts score in their own."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    pool, found = ProcessPool("test_rewards:double", 1, 20.0), []
+    try:
+        for number in (4, 5):
+            thread = threading.Thread(target=lambda n=number: found.extend(pool.map([{"number": n}])))
+            thread.start()
+            task = Path(f"/proc/self/task/{thread.native_id}")
+            thread.join(timeout=60)
+            wait_until(lambda task=task: not task.exists())  # the kernel has ended its thread as well
+        found += pool.map([{"number": 6}])
+    finally:
+        pool.close()
+    assert [r["double"] for r in found] == [8, 10, 12] and len({r["pid"] for r in found}) == 1
+
+
+def test_workers_end_with_a_trainer_that_is_killed(tmp_path: Path):
+    """In the middle of a computation that lets nothing else of the worker run."""
+    started = tmp_path / "started"
+    script = "import sys; from megatron_dgpo.rewards.pool import ProcessPool; "
+    script += "ProcessPool('test_rewards:hold', 1, 1000.0).map([{'path': sys.argv[1]}])"
+    paths = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2])]
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", script, str(started)], env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    )
+    workers: list[psutil.Process] = []
+    try:
+        wait_until(started.exists)
+        workers = psutil.Process(trainer.pid).children()
+        trainer.kill()
+        trainer.wait(timeout=20)
+        gone, left = psutil.wait_procs(workers, timeout=20)
+        assert len(gone) == 1 and not left
+    finally:
+        for process in (*workers, trainer):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
 
 
 def test_registering_a_reward():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 
 
@@ -26,6 +27,34 @@ async def judge(text, gold, *, finish_reason, metadata):
     if text == "crash":
         raise RuntimeError("no such answer")
     return float(gold in text)
+
+
+RELEASED = threading.Event()
+"""Lets go of `blocking`."""
+
+
+async def blocking(text, gold, *, finish_reason, metadata):
+    """Waits without giving control back, when told to."""
+    if text == "block":
+        RELEASED.wait(60)
+    return float(gold in text)
+
+
+STARTED: list[str] = []
+MOST = [0]
+"""Calls of `counted` that are under way, and the most that ever were."""
+
+
+async def counted(text, gold, *, finish_reason, metadata):
+    STARTED.append(text)
+    MOST[0] = max(MOST[0], len(STARTED))
+    await asyncio.sleep(0.001)
+    STARTED.pop()
+    return 1.0
+
+
+def steering(text, gold, *, finish_reason, metadata):
+    return {"reward": 0.0, text: 1.0}
 
 
 NOT_A_FUNCTION = 3
