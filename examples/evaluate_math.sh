@@ -2,7 +2,7 @@
 # The paper's evaluation of a policy: 32 samples a problem at temperature 1.0 and top-p 0.7, by an SGLang server.
 #
 #   MODEL=runs/qwen2.5-math-7b/dgpo/hf   a Hugging Face folder
-#   HELDOUT=data/aime-2024.parquet       one or more files
+#   HELDOUT="data/aime-2024.parquet data/aime-2025.parquet"   (by default the first) numbers for each and for all
 #   ENGINE=sglang TP=2                   a server on so many GPUs; or ENGINE=embedded, in this process
 #   MAX_NEW_TOKENS=3072
 #   OUT=runs/evaluation                  samples.jsonl (from which it goes on) and metrics.json

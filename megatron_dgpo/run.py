@@ -259,7 +259,7 @@ class Evaluator:
                 recover=self._recover,
                 on_progress=bar.update,
             )
-        return summarize(groups, params.n, canonical_answer=self._reward.canonical_answer)
+        return summarize(groups, params.n)
 
 
 def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:

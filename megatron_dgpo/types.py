@@ -62,6 +62,8 @@ class Sample:
     reward_parts: dict[str, float] = field(default_factory=dict)
     reward_error: str | None = None
     """Why the reward failed."""
+    answer: str | None = None
+    """What the reward took for the final answer, equal answers written alike; None where it took none."""
     advantage: float = 0.0
     """The response's group-relative advantage; a failed sample has none and does not train."""
 

@@ -3,13 +3,15 @@
     python tools/check_rewards.py SOURCE... [--reward math_verify] [--response 'Answer: {}']
 
 Every row whose own gold answer scores below 1 is named, as is every row on which the reward fails; then the
-status is 1. --response is the text around an answer, {} standing for it; by default each reward has its own.
+status is 1; it is 2 where the check itself ends early. --response is the text around an answer, {} standing
+for it; by default each reward has its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 
 from tqdm import tqdm
@@ -72,13 +74,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     bad = list(malformed)
-    with reward, tqdm(total=len(problems), desc="rewards", unit="row") as bar:
-        for start in range(0, len(problems), CHUNK):
-            part = problems[start : start + CHUNK]
-            samples = [as_sample(problem, reward, options.response) for problem in part]
-            reward.score(samples)
-            bad += filter(None, map(complaint, part, samples))
-            bar.update(len(part))
+    try:
+        with reward, tqdm(total=len(problems), desc="rewards", unit="row") as bar:
+            for start in range(0, len(problems), CHUNK):
+                part = problems[start : start + CHUNK]
+                samples = [as_sample(problem, reward, options.response) for problem in part]
+                reward.score(samples)
+                bad += filter(None, map(complaint, part, samples))
+                bar.update(len(part))
+    except Exception as error:  # an uncaught one's status is 1 too
+        traceback.print_exc()
+        print(f"error: the check ended early: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     for line in bad:
         print(line)
     rows = len(problems) + len(malformed)

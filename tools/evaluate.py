@@ -7,16 +7,23 @@ Pass@k come with bootstrap confidence intervals over problems. The defaults are 
 samples a problem at temperature 1.0 and top-p 0.7.
 
 Every sample is kept in --out: the same command again goes on from there, and --regrade grades the samples
-in it once more without drawing any. Problems that occur more than once count once.
+in it once more without drawing any. Samples of other weights, questions or rewards are refused. Problems
+that occur more than once count once; several files are reported together and each for itself.
+
+The status is 2 where the command is refused, and 3 where the servers are lost: --out has what is complete.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib.util
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +38,8 @@ from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
 from megatron_dgpo.evaluation.intervals import bootstrap_interval
 from megatron_dgpo.evaluation.metrics import by_problem, summarize
-from megatron_dgpo.evaluation.records import SampleFile
+from megatron_dgpo.evaluation.records import WEIGHTS, SampleFile
+from megatron_dgpo.evaluation.scoring import Scoring
 from megatron_dgpo.learner import score_sequences
 from megatron_dgpo.mcore.files import is_checkpoint
 from megatron_dgpo.mcore.hf_config import ModelShape
@@ -40,12 +48,13 @@ from megatron_dgpo.mcore.policy import Frozen
 from megatron_dgpo.observe.console import set_up_logging
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
-from megatron_dgpo.rollout.engine import SamplingParams
-from megatron_dgpo.rollout.sglang.engine import SGLangEngine
-from megatron_dgpo.rollout.sglang.fleet import Fleet
+from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.sglang.engine import SGLangEngine, WeightUpdateFailed
+from megatron_dgpo.rollout.sglang.fleet import Fleet, FleetLost
 from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights import convert
 from megatron_dgpo.weights.checkpoints import open_checkpoint
+from megatron_dgpo.weights.fingerprint import fingerprint
 from megatron_dgpo.weights.sync import WeightSync
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -54,7 +63,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="jsonl or parquet files")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        help="jsonl or parquet files, or hub://owner/name[/config][?split=...]",
+    )
     parser.add_argument("--prompt-key", default="prompt")
     parser.add_argument("--answer-key", default="answer")
     parser.add_argument("--system-prompt", default="")
@@ -77,6 +91,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="servers read the weights from MODEL's folder, not from a broadcast of\n"
         "this process, which the model may not fit; those of --url have done so",
     )
+    parser.add_argument(
+        "--request-timeout-seconds",
+        type=float,
+        default=SGLangConfig().request_timeout_seconds,
+        help="a sample that takes longer counts as the loss of its server",
+    )
     parser.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"))
     parser.add_argument("--server-tensor-parallel-size", type=int, default=1)
     parser.add_argument("--dtype", choices=sorted(_DTYPES), default="float32")
@@ -87,6 +107,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.k < 1:
         parser.error(f"--k {options.k}: at least 1")
+    if options.request_timeout_seconds <= 0:
+        parser.error(f"--request-timeout-seconds {options.request_timeout_seconds:g}: more than 0")
     if options.regrade and options.out is None:
         parser.error("--regrade needs --out, the samples to grade")
     if options.servers_load and options.engine != "sglang":
@@ -98,8 +120,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def load_problems(options: argparse.Namespace, folder: Path) -> list[Prompt]:
-    """Each problem once. Raises ValueError for one that is too long, or no problem at all."""
+@dataclass(frozen=True)
+class Problems:
+    """What is evaluated."""
+
+    prompts: list[Prompt]
+    """Each problem once."""
+    files: dict[str, list[str]]
+    """A file's stem -> ids of the prompts that are its problems. One of two files is drawn once, for both."""
+
+
+def load_problems(options: argparse.Namespace, folder: Path) -> Problems:
+    """Raises ValueError for a problem that is too long, or no problem at all."""
     prompts = load_prompts(
         options.data,
         AutoTokenizer.from_pretrained(folder),
@@ -121,15 +153,25 @@ def load_problems(options: argparse.Namespace, folder: Path) -> list[Prompt]:
                 f"{prompt.id}: {len(prompt.token_ids)} tokens and --max-new-tokens make {length}, and the "
                 f"model has {limit} positions"
             )
-    return distinct
+    ids = {prompt.token_ids: prompt.id for prompt in distinct}
+    files: dict[str, dict[str, None]] = {}
+    for prompt in prompts:
+        if prompt.token_ids in ids:
+            files.setdefault(prompt.id.rpartition(":")[0], {})[ids[prompt.token_ids]] = None
+    return Problems(distinct, {stem: list(of) for stem, of in files.items()})
 
 
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
-    """What the samples depend on."""
+    """What the samples and their rewards depend on. Raises what `fingerprint` raises."""
     names = ("prompt_key", "answer_key", "system_prompt", "no_chat_template", "temperature", "top_p")
     names += ("max_new_tokens", "seed", "dtype", "k")
     found = {name: getattr(options, name) for name in names}
-    return {"model": str(options.model), "data": [str(p) for p in options.data], **found}
+    module, _, function = options.reward.partition(":")
+    source = importlib.util.find_spec(module) if function else None
+    if source is not None and source.origin is not None and Path(source.origin).is_file():
+        found["reward_source"] = hashlib.blake2b(Path(source.origin).read_bytes(), digest_size=8).hexdigest()
+    found |= {"reward": options.reward, WEIGHTS: fingerprint(options.model)}
+    return {"model": str(options.model), "data": options.data, **found}
 
 
 def draw(
@@ -137,9 +179,9 @@ def draw(
     folder: Path,
     prompts: list[Prompt],
     tokenizer: Any,
-    done: Callable[[Group], None],
+    scoring: Scoring,
 ) -> None:
-    """Draw the groups of `prompts`; `done` gets each as it is complete."""
+    """Draw the groups of `prompts`; `scoring` gets each as it is complete. Raises what the engine raises."""
     params = SamplingParams(
         max_new_tokens=options.max_new_tokens,
         temperature=options.temperature,
@@ -148,17 +190,28 @@ def draw(
         seed=options.seed,
         stop_token_ids=(tokenizer.eos_token_id,),
     )
+    failure: Exception | None = None
     with (
         platform.distributed(ParallelConfig(), seed=options.seed) as groups,
         tempfile.TemporaryDirectory() as logs,
         tqdm(total=len(prompts) * options.k, unit="sample", desc="evaluate") as bar,
     ):
         build = _sglang if options.engine == "sglang" else _embedded
-        engine = build(options, folder, groups, tokenizer, Path(logs))
         try:
-            engine.generate(prompts, params, on_progress=bar.update, on_group=done)
-        finally:
-            engine.close()
+            with closing(build(options, folder, groups, tokenizer, Path(logs))) as engine:
+                engine.generate(
+                    prompts,
+                    params,
+                    on_progress=bar.update,
+                    on_group=scoring.on_group,
+                    should_stop=scoring.failed,
+                )
+        except (
+            Exception
+        ) as error:  # which would end the process here, before what is drawn is scored and kept
+            failure = error
+    if failure is not None:
+        raise failure
 
 
 def _embedded(
@@ -185,10 +238,10 @@ def _sglang(
         tensor_parallel_size=options.server_tensor_parallel_size,
         args={"load_format": "auto"} if own else {},
     )
-    config, sync = (
-        SGLangConfig(urls=tuple(options.url), launch=launch, request_timeout_seconds=540),
-        SyncConfig(),
+    config = SGLangConfig(
+        urls=tuple(options.url), launch=launch, request_timeout_seconds=options.request_timeout_seconds
     )
+    sync = SyncConfig()
     fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
     engine = SGLangEngine(
         fleet,
@@ -223,55 +276,95 @@ def _broadcast(
     WeightSync(model, groups, engine, sync, score).push(0)
 
 
-def evaluate(options: argparse.Namespace, folder: Path, prompts: list[Prompt], reward: Reward) -> list[Group]:
-    """The groups of all problems, in order, scored; those that --out has are not drawn again."""
+class ServersLost(RuntimeError):
+    """Drawing ended early; what was complete is kept."""
+
+
+def evaluate(
+    options: argparse.Namespace,
+    folder: Path,
+    prompts: list[Prompt],
+    reward: Reward,
+    settings: dict[str, Any],
+) -> list[Group]:
+    """The groups of all problems, in order, scored; those that --out has are not drawn again.
+
+    Raises ServersLost, saying what is kept; what `SampleFile` and the reward raise.
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        file = SampleFile(options.out or Path(scratch) / "samples.jsonl", settings_of(options))
+        file = SampleFile(options.out or Path(scratch) / "samples.jsonl", settings)
         kept = file.groups(prompts, options.k)
         missing = [p for p in prompts if p.id not in kept]
 
-        def done(group: Group) -> None:
-            reward.score(group.samples)
+        def keep(group: Group) -> None:
+            file.append(group)
             kept[group.prompt.id] = group
-            file.append(group, answers(reward, group))
 
         if missing:
             if len(missing) < len(prompts):
                 print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {file.path} already")
-            draw(options, folder, missing, AutoTokenizer.from_pretrained(folder), done)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            try:
+                with Scoring(reward.score, keep) as scoring:
+                    draw(options, folder, missing, tokenizer, scoring)
+            except (EnginesLost, FleetLost, WeightUpdateFailed) as error:
+                done = f"{len(kept)} of {len(prompts)} problems are done"
+                then = f"in {options.out}, from which the same command goes on" if options.out else "not kept"
+                raise ServersLost(f"{error}; {done} and {then}") from error
         return [kept[p.id] for p in prompts]
 
 
-def regrade(options: argparse.Namespace, prompts: list[Prompt], reward: Reward) -> list[Group]:
+def regrade(
+    options: argparse.Namespace, prompts: list[Prompt], reward: Reward, settings: dict[str, Any]
+) -> list[Group]:
     """The groups in --out, scored again; the file has the new scores, or is as it was."""
-    file = SampleFile(options.out, settings_of(options))
+    file = SampleFile(options.out, settings, regrade=True)
     kept = file.groups(prompts, options.k)
     if missing := [p for p in prompts if p.id not in kept]:
         raise ValueError(f"{file.path} lacks samples of {len(missing)} problems, such as {missing[0].id}")
+    if others := file.strangers(prompts):
+        raise ValueError(
+            f"{file.path} has samples of {len(others)} problems that are not asked for, such as {others[0]}: "
+            "--regrade takes all (without --max-problems, and with the data that they were drawn for)"
+        )
+    if file.weights != settings[WEIGHTS]:
+        print(
+            f"{options.model} has changed since (fingerprint {settings[WEIGHTS]}): these are numbers of the "
+            f"weights that drew the samples ({file.weights})"
+        )
     groups = [kept[p.id] for p in prompts]
     for group in tqdm(groups, unit="problem", desc="regrade"):
         reward.score(group.samples)
-    file.rewrite([(group, answers(reward, group)) for group in groups])
+    file.rewrite(groups)
     return groups
 
 
-def answers(reward: Reward, group: Group) -> list[str | None]:
-    return [reward.canonical_answer(sample.text) for sample in group.samples]
-
-
-def report(options: argparse.Namespace, groups: list[Group], reward: Reward) -> dict[str, Any]:
-    metrics: dict[str, Any] = summarize(groups, options.k, canonical_answer=reward.canonical_answer)
-    values = by_problem(groups, options.k, canonical_answer=reward.canonical_answer)
-    print(f"{options.model}: {len(groups)} problems, {options.k} samples each")
-    for name, of in values.items():
+def report(options: argparse.Namespace, name: str, groups: list[Group]) -> dict[str, Any]:
+    """Print the metrics of some problems, with their intervals, and return them."""
+    fewer = [1 << j for j in range((options.k - 1).bit_length())]
+    metrics: dict[str, Any] = summarize(groups, options.k, fewer=fewer)
+    print(f"{name}: {len(groups)} problems, {options.k} samples each")
+    for metric, of in by_problem(groups, options.k, fewer=fewer).items():
         if of:
             low, high = bootstrap_interval(of, resamples=options.resamples, seed=options.seed)
-            metrics[f"{name}_low"], metrics[f"{name}_high"] = low, high
-            print(f"{name:<10} {metrics[name]:.4f}   95% of problems drawn again: {low:.4f} to {high:.4f}")
+            metrics[f"{metric}_low"], metrics[f"{metric}_high"] = low, high
+            print(
+                f"{metric:<10} {metrics[metric]:.4f}   95% of problems drawn again: {low:.4f} to {high:.4f}"
+            )
     print(f"truncated  {metrics['truncation_rate']:.4f}   mean tokens {metrics['mean_response_tokens']:.1f}")
     if metrics["num_failed"]:
         print(f"failed     {metrics['num_failed']:.0f} samples have no reward (see reward_error in --out)")
     return metrics
+
+
+def report_all(options: argparse.Namespace, problems: Problems, groups: list[Group]) -> dict[str, Any]:
+    """The metrics of all problems, and under "files" those of each file."""
+    by_id = {group.prompt.id: group for group in groups}
+    metrics = report(options, str(options.model), groups)
+    if len(problems.files) == 1:
+        return {**metrics, "files": {stem: metrics for stem in problems.files}}
+    files = {stem: report(options, stem, [by_id[i] for i in ids]) for stem, ids in problems.files.items()}
+    return {**metrics, "files": files}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -279,24 +372,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     set_up_logging(False, 0)
     try:
         folder = open_checkpoint(options.model).beside if is_checkpoint(options.model) else options.model
-        prompts = load_problems(options, folder)
+        problems = load_problems(options, folder)
         workers = options.reward_workers
         reward = build_reward(
             options.reward, timeout_seconds=options.reward_timeout_seconds, num_workers=workers
         )
+        settings = settings_of(options)
     except (ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     with reward:
         try:
             if options.regrade:
-                groups = regrade(options, prompts, reward)
+                groups = regrade(options, problems.prompts, reward, settings)
             else:
-                groups = evaluate(options, folder, prompts, reward)
-        except ValueError as error:
+                groups = evaluate(options, folder, problems.prompts, reward, settings)
+        except (ValueError, ServersLost) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
-        metrics = report(options, groups, reward)
+            return 3 if isinstance(error, ServersLost) else 2
+    metrics = report_all(options, problems, groups)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(metrics, indent=1))

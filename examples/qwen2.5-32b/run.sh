@@ -5,7 +5,7 @@
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=10.0.0.1 MASTER_PORT=29500
 #   MODEL=models/Qwen2.5-32B       the Hugging Face folder, or a checkpoint imported from it
 #   DATA=data/dapo-math-17k.parquet
-#   HELDOUT=data/aime-2024.parquet
+#   HELDOUT=data/aime-2024.parquet     one or more files, with spaces between them
 #   ALGORITHM=dgpo                 or grpo, dapo, dapo_dgpo, ppo and the others
 #   DRY_RUN=1                      check everything, print the plan, start nothing
 #
@@ -17,9 +17,11 @@ algorithm="${ALGORITHM:-dgpo}"
 model="${MODEL:-models/Qwen2.5-32B}"
 nnodes="${NNODES:-4}" nproc="${NPROC:-8}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+read -ra heldout <<< "${HELDOUT:-data/aime-2024.parquet}"
+heldout=$(printf ',"%s"' "${heldout[@]}")
 words=("$here/dgpo.toml" --algorithm.name "$algorithm" --run.folder "runs/qwen2.5-32b/$algorithm"
     --data.train "[\"${DATA:-data/dapo-math-17k.parquet}\"]"
-    --evaluation.data "[\"${HELDOUT:-data/aime-2024.parquet}\"]")
+    --evaluation.data "[${heldout:1}]")
 if [ -n "${SERVERS:-}" ]; then
     words+=(--rollout.sglang.urls "[\"${SERVERS//,/\",\"}\"]")
 fi

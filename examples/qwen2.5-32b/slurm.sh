@@ -4,7 +4,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --exclusive
 # Two machines serve rollouts, four train: sbatch examples/qwen2.5-32b/slurm.sh (on the folder of the repository, which all
-# machines share). When the trainer ends, however it ends, the servers' step ends with the job.
+# machines share). When the trainer ends, however it ends, so do the servers, and the job has the trainer's status.
 set -euo pipefail
 mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 servers=("${nodes[@]:0:2}") trainers=("${nodes[@]:2}")
@@ -12,8 +12,10 @@ model="${MODEL:-models/Qwen2.5-32B}"
 list=$(printf ",http://%s:30000" "${servers[@]}")
 
 srun --nodes=2 --ntasks=2 --nodelist="$(IFS=,; echo "${servers[*]}")" --output=server-%t.log \
-    bash -c '.venv-sglang/bin/python -m sglang.launch_server --model-path "$0" --tp 8 --host "$(hostname)" \
+    bash -c 'exec .venv-sglang/bin/python -m sglang.launch_server --model-path "$0" --tp 8 --host "$(hostname)" \
         --port 30000 --load-format dummy --skip-tokenizer-init --mem-fraction-static 0.85' "$model" &
+step=$!
+trap 'kill "$step" || true' EXIT # srun passes it on; what outlives it ends with the job
 for server in "${servers[@]}"; do
     for _ in $(seq 180); do
         curl --silent --fail "http://$server:30000/health" > /dev/null && continue 2
@@ -26,4 +28,3 @@ done
 export SERVERS="${list:1}" MODEL="$model" NNODES="${#trainers[@]}" MASTER_ADDR="${trainers[0]}"
 srun --nodes="$NNODES" --ntasks="$NNODES" --nodelist="$(IFS=,; echo "${trainers[*]}")" \
     bash -c 'NODE_RANK=$SLURM_PROCID bash examples/qwen2.5-32b/run.sh "$@"' run "$@"
-scancel "$SLURM_JOB_ID"

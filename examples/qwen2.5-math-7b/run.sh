@@ -3,7 +3,7 @@
 #
 #   MODEL=models/Qwen2.5-Math-7B   the Hugging Face folder
 #   DATA=data/dapo-math-17k.parquet
-#   HELDOUT=data/aime-2024.parquet
+#   HELDOUT=data/aime-2024.parquet   one or more files, with spaces between them
 #   ALGORITHM=dgpo                 or grpo, dapo, dapo_dgpo, ppo and the others
 #   NPROC=4                        ranks of the trainer
 #   DRY_RUN=1                      check everything, print the plan, start nothing
@@ -16,9 +16,11 @@ algorithm="${ALGORITHM:-dgpo}"
 model="${MODEL:-models/Qwen2.5-Math-7B}"
 nproc="${NPROC:-4}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+read -ra heldout <<< "${HELDOUT:-data/aime-2024.parquet}"
+heldout=$(printf ',"%s"' "${heldout[@]}")
 words=("$here/dgpo.toml" --algorithm.name "$algorithm" --run.folder "runs/qwen2.5-math-7b/$algorithm"
     --data.train "[\"${DATA:-data/dapo-math-17k.parquet}\"]"
-    --evaluation.data "[\"${HELDOUT:-data/aime-2024.parquet}\"]")
+    --evaluation.data "[${heldout:1}]")
 
 if [ -n "${DRY_RUN:-}" ]; then
     # Without the model's folder its sizes do.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from megatron_dgpo.types import Group
 
@@ -42,30 +42,28 @@ def cons_at_k(answers: Sequence[str | None], rewards: Sequence[float | None]) ->
     """1 where the majority's answer is right, else 0.
 
     `answers` are canonical, so that equal answers vote together; None (no answer) has no vote, and a
-    tie goes to the answer that was seen first. The majority is right where the first of its samples
-    that has a reward is. 0 where nobody votes or none of the majority's samples has a reward.
+    tie goes to the answer that was seen first. It is right where more than half of its samples that have
+    a reward are. 0 where nobody votes or none of the majority's samples has a reward.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return 0.0
     majority = max(votes, key=votes.__getitem__)  # max keeps the first; Counter keeps the order of arrival
-    for answer, reward in zip(answers, rewards, strict=True):
-        if answer == majority and reward is not None:
-            return float(is_correct(reward))
-    return 0.0
+    judged = [is_correct(r) for a, r in zip(answers, rewards, strict=True) if a == majority and r is not None]
+    return float(2 * sum(judged) > len(judged))
 
 
-def by_problem(
-    groups: Sequence[Group], k: int, *, canonical_answer: Callable[[str], str | None]
-) -> dict[str, list[float]]:
-    """avg@k, pass@k and cons@k of each problem that has a scored sample, in order.
+def by_problem(groups: Sequence[Group], k: int, *, fewer: Sequence[int] = ()) -> dict[str, list[float]]:
+    """avg@k, pass@k and cons@k of each problem that has a scored sample, in order, and pass@j for the j of
+    `fewer`.
 
-    `avg@k` averages all samples of a problem, `cons@k` lets the first k vote, `pass@k` uses the unbiased
-    estimator; where failures leave fewer than k samples, pass@k is taken over those.
+    `avg@k` averages all samples of a problem, `cons@k` lets the first k vote (by `Sample.answer`), `pass@k`
+    uses the unbiased estimator; where failures leave fewer than k samples, pass@k is taken over those.
 
     Raises ValueError where a group has fewer than k samples.
     """
-    averages, passes, majorities = [], [], []
+    values: dict[str, list[float]] = {f"avg@{k}": [], f"pass@{k}": [], f"cons@{k}": []}
+    values |= {f"pass@{j}": [] for j in fewer}
     for group in groups:
         if len(group.samples) < k:
             raise ValueError(
@@ -74,18 +72,16 @@ def by_problem(
         rewards = [sample.reward for sample in group.samples if sample.reward is not None]
         if not rewards:
             continue
-        averages.append(avg_at_k(rewards))
-        passes.append(pass_at_k(len(rewards), sum(map(is_correct, rewards)), min(k, len(rewards))))
+        values[f"avg@{k}"].append(avg_at_k(rewards))
+        for j in {k, *fewer}:
+            right = sum(map(is_correct, rewards))
+            values[f"pass@{j}"].append(pass_at_k(len(rewards), right, min(j, len(rewards))))
         voters = group.samples[:k]
-        majorities.append(
-            cons_at_k([canonical_answer(sample.text) for sample in voters], [s.reward for s in voters])
-        )
-    return {f"avg@{k}": averages, f"pass@{k}": passes, f"cons@{k}": majorities}
+        values[f"cons@{k}"].append(cons_at_k([s.answer for s in voters], [s.reward for s in voters]))
+    return values
 
 
-def summarize(
-    groups: Sequence[Group], k: int, *, canonical_answer: Callable[[str], str | None]
-) -> dict[str, float]:
+def summarize(groups: Sequence[Group], k: int, *, fewer: Sequence[int] = ()) -> dict[str, float]:
     """The metrics of an evaluation: means over problems (see `by_problem`) or samples.
 
     Problems of which every sample failed are left out and counted in `num_unscored_problems`.
@@ -95,7 +91,7 @@ def summarize(
     """
     if not groups:
         raise ValueError("nothing to summarize: no groups")
-    values = by_problem(groups, k, canonical_answer=canonical_answer)
+    values = by_problem(groups, k, fewer=fewer)
     samples = [sample for group in groups for sample in group.samples]
     return {
         **{name: _mean(of) for name, of in values.items()},

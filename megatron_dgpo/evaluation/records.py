@@ -11,6 +11,10 @@ from typing import Any
 from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
 _HEADER = "evaluation"
+WEIGHTS = "weights"
+"""The setting that has the weights' fingerprint."""
+REWARD = ("reward", "reward_source")
+"""Settings that say how samples were scored."""
 
 
 class SampleFile:
@@ -18,12 +22,15 @@ class SampleFile:
 
     Args:
         settings: what the samples depend on (JSON). A file that is there has to have the same.
+        regrade: the samples will be scored again: by what, and against which gold answers, may differ. So
+            may the weights, which have drawn what is there; the file goes on naming those that did.
 
-    Raises ValueError naming the setting that differs, or a line that is no sample.
+    Raises ValueError naming the setting that differs and what to do, or a line that is no sample.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, regrade: bool = False) -> None:
         self.path = path
+        self._regrade = regrade
         self._settings = dict(settings)
         self._rows: list[dict[str, Any]] = []
         if path.exists() and path.stat().st_size:
@@ -49,20 +56,48 @@ class SampleFile:
         if had is None:
             raise ValueError(f"{self.path} does not begin with an evaluation's settings")
         for key in sorted({*had, *settings}):
-            if had.get(key) != settings.get(key):
-                raise ValueError(
-                    f"{self.path} has samples of {key} = {had.get(key)!r}, not {settings.get(key)!r}; "
-                    "give the same, or another file"
-                )
+            may_differ = self._regrade and key in (WEIGHTS, *REWARD)
+            if had.get(key) != settings.get(key) and not may_differ:
+                raise ValueError(self._refusal(key, had.get(key), settings.get(key)))
+        if self._regrade and WEIGHTS in had:
+            self._settings[WEIGHTS] = had[WEIGHTS]
         self._rows = rows[1:]
 
+    def _refusal(self, key: str, had: Any, given: Any) -> str:
+        if key == WEIGHTS:
+            return (
+                f"{self.path} has samples of other weights (fingerprint {had}) than the model's folder "
+                f"has now ({given}): it has changed since; give another --out"
+            )
+        if key in REWARD:
+            return (
+                f"{self.path} has samples scored with {key} = {had!r}, not {given!r}; --regrade scores them "
+                "anew without drawing any, or give another --out"
+            )
+        return f"{self.path} has samples of {key} = {had!r}, not {given!r}; give the same, or another --out"
+
+    @property
+    def weights(self) -> str | None:
+        """The fingerprint of the weights that drew the samples."""
+        return self._settings.get(WEIGHTS)
+
+    def strangers(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Ids of problems that the file has samples of and `prompts` lack."""
+        known = {p.id for p in prompts}
+        return sorted({row["prompt"] for row in self._rows} - known)
+
     def groups(self, prompts: Sequence[Prompt], n: int) -> dict[str, Group]:
-        """The complete groups in the file, by prompt id: n samples each."""
+        """The complete groups in the file, by prompt id: n samples each.
+
+        Raises ValueError, naming the row, where its question is another than the prompt's, or its gold
+        answer, by which it was scored.
+        """
         by_id = {p.id: p for p in prompts}
         found: dict[str, dict[int, Sample]] = {}
         for row in self._rows:
             if row["prompt"] in by_id:
                 sample = _sample(row, by_id[row["prompt"]])
+                self._check_row(row, sample.prompt)
                 found.setdefault(sample.prompt.id, {})[sample.index] = sample
         return {
             key: Group(by_id[key], [of[i] for i in range(n)])
@@ -70,33 +105,47 @@ class SampleFile:
             if set(range(n)) <= set(of)
         }
 
-    def append(self, group: Group, answers: Sequence[str | None]) -> None:
-        """Write a group's samples and flush them; `answers`: canonical, one a sample."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_lines(group, answers))
+    def _check_row(self, row: Mapping[str, Any], prompt: Prompt) -> None:
+        asked, gold = row["question"], row["gold"]
+        if asked != prompt.text:
+            raise ValueError(
+                f"{self.path} has samples of {prompt.id} as {asked[-100:]!r}, and the data has "
+                f"{prompt.text[-100:]!r} there: the data, the chat template or the tokenizer has changed; "
+                "give another --out"
+            )
+        if gold != prompt.answer and not self._regrade:
+            raise ValueError(
+                f"{self.path} has samples of {prompt.id} scored against {gold[-100:]!r}, and the data has "
+                f"{prompt.answer[-100:]!r}; --regrade scores them anew without drawing any, or give another "
+                "--out"
+            )
 
-    def rewrite(self, groups: Sequence[tuple[Group, Sequence[str | None]]]) -> None:
+    def append(self, group: Group) -> None:
+        """Write a group's samples and flush them."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_lines(group))
+
+    def rewrite(self, groups: Sequence[Group]) -> None:
         """Put these in place of all samples; the file is the old one until the new one is complete."""
         partial = self.path.with_name(f".{self.path.name}.partial")
         with partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps({_HEADER: self._settings}) + "\n")
-            file.writelines(_lines(group, answers) for group, answers in groups)
+            file.writelines(map(_lines, groups))
         os.replace(partial, self.path)
 
 
-def _lines(group: Group, answers: Sequence[str | None]) -> str:
-    rows = [_row(s, a) for s, a in zip(group.samples, answers, strict=True)]
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def _lines(group: Group) -> str:
+    return "".join(json.dumps(_row(s), ensure_ascii=False) + "\n" for s in group.samples)
 
 
-def _row(sample: Sample, answer: str | None) -> dict[str, Any]:
+def _row(sample: Sample) -> dict[str, Any]:
     return dict(
         prompt=sample.prompt.id,
         index=sample.index,
         question=sample.prompt.text,
         gold=sample.prompt.answer,
         text=sample.text,
-        answer=answer,
+        answer=sample.answer,
         reward=sample.reward,
         reward_parts=sample.reward_parts,
         reward_error=sample.reward_error,
@@ -117,4 +166,5 @@ def _sample(row: Mapping[str, Any], prompt: Prompt) -> Sample:
         reward=row["reward"],
         reward_parts=row["reward_parts"],
         reward_error=row["reward_error"],
+        answer=row["answer"],
     )

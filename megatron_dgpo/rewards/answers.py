@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 
 HASHES = "####"
 BOXED = "\\boxed{"
 ANSWER_LINE = re.compile(r"\banswer\s*:[ \t]*([^\n]*)", re.IGNORECASE)
-LAST_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?")
-# A sign, digits (with or without thousands separators), decimals or a denominator, then per cent or a unit.
+LAST_NUMBER = re.compile(r"-?(?:\\[dt]?frac\{-?\d+\}\{\d+\}|\d[\d,]*(?:\.\d+)?(?:/\d+)?)")
+# A sign, digits (with or without thousands separators), decimals, a denominator or a power of ten, then per
+# cent or a unit; spaces are single ones.
 NUMBER = re.compile(
-    r"\\?\$?\s*(?P<number>[+-]?\s?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+)?)\s*"
-    r"(?P<percent>\\?%)?(?P<unit>\s+[A-Za-z]{2,}(?:\s+[A-Za-z]+)*)?"
+    r"\\?\$? ?(?P<number>[+-]? ?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:/\d+|[eE][+-]?\d{1,2})?)"
+    r"(?P<percent> ?\\?%)?(?P<unit> [A-Za-z]{2,}(?: [A-Za-z]+)*)?"
 )
+WORDS = re.compile(r"[A-Za-z]{2,}(?: [A-Za-z]+)+[.!]?")
+EQUATION = re.compile(r"[A-Za-z]=([^=]+)")
 FRACTION = re.compile(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}")
 NOT_UNITS = {"pi", "sqrt", "or", "and", "to", "degrees"}
 MAX_DIGITS = 200
 """Longer digit strings are compared as they stand: turning them into numbers costs quadratic time."""
+MAX_NUMBER_CHARACTERS = 1000
+"""Of a number with its unit."""
 
 
 def gold_answer(text: str) -> str:
@@ -35,8 +41,12 @@ def explicit_answer(text: str) -> str | None:
     at = text.rfind(HASHES)
     if at >= 0:
         candidates.append((at, text[at + len(HASHES) :].lstrip().split("\n", 1)[0]))
+    marked = any(answer.strip() for _, answer in candidates)
     for match in ANSWER_LINE.finditer(text):
-        candidates.append((match.start(), match.group(1).replace("**", "")))
+        answer = match.group(1).replace("**", "")
+        # "\boxed{5} Answer: see above" announces 5.
+        if not (marked and WORDS.fullmatch(answer.strip())):
+            candidates.append((match.start(), answer))
     given = [(at, answer.strip()) for at, answer in candidates if answer.strip()]
     if not given:
         return None
@@ -45,7 +55,7 @@ def explicit_answer(text: str) -> str | None:
 
 
 def final_answer(text: str) -> str | None:
-    """`explicit_answer`, or else the last number of the text."""
+    """`explicit_answer`, or else the last number of the text, a \\frac{}{} being one."""
     answer = explicit_answer(text)
     if answer is None:
         numbers = LAST_NUMBER.findall(text)
@@ -76,16 +86,23 @@ def strip_wrapping(answer: str) -> str:
 
 
 def plain_number(answer: str) -> str | None:
-    """The number in an answer such as "18", "$1,234.50", "-3/4" or "18 dollars": digits, point, slash.
+    """The number in an answer such as "18", "$1,234.50", "-3/4", "1e3" or "18 dollars": digits, point, slash.
 
     None where the answer is anything else. A percentage keeps its sign: 50% is not 50.
     """
-    match = NUMBER.fullmatch(strip_wrapping(answer))
+    # White space that two parts of a pattern may share costs quadratic time.
+    plain = " ".join(strip_wrapping(answer).split())
+    match = NUMBER.fullmatch(plain) if len(plain) <= MAX_NUMBER_CHARACTERS else None
     if match is None or not any(character.isdigit() for character in match["number"]):
         return None
     if match["unit"] and NOT_UNITS & set(match["unit"].lower().split()):
         return None
-    return re.sub(r"[,\s+]", "", match["number"]) + ("%" if match["percent"] else "")
+    number = re.sub(r"[, ]|(?<![eE])\+", "", match["number"])
+    if "e" in number.lower():
+        if not number.lstrip("+-.")[:1].isdigit():
+            return None
+        number = f"{Decimal(number):f}"
+    return number + ("%" if match["percent"] else "")
 
 
 def canonical(answer: str) -> str:
@@ -106,4 +123,5 @@ def canonical(answer: str) -> str:
     match = FRACTION.fullmatch(text)
     if match and len(text) <= MAX_DIGITS and int(match[3]) != 0:
         return str(Fraction(int(match[1] + "1") * int(match[2]), int(match[3])))
-    return text
+    equation = EQUATION.fullmatch(text)  # math-verify too takes x = 5 for 5
+    return canonical(equation[1]) if equation else text

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
+from megatron_dgpo.rewards.answers import explicit_answer
 from megatron_dgpo.types import Sample
 
 
@@ -18,6 +19,8 @@ class Outcome:
     parts: dict[str, float] = field(default_factory=dict)
     """Components to look at when the reward stays at 0, such as whether an answer was found at all."""
     error: str | None = None
+    answer: str | None = None
+    """The answer that was judged, equal answers written alike, where scoring has found it anyway."""
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.error is None):
@@ -36,7 +39,7 @@ class Reward(ABC):
         self.num_workers = num_workers
 
     def score(self, samples: Sequence[Sample]) -> None:
-        """Set `reward`, `reward_parts` and `reward_error` of every sample.
+        """Set `reward`, `reward_parts`, `reward_error` and `answer` of every sample.
 
         Where scoring fails (time-out, crash, gold answer that cannot be read) or the engine aborted
         the generation, `reward` is None and `reward_error` says why.
@@ -44,10 +47,12 @@ class Reward(ABC):
         complete = [sample for sample in samples if sample.finish_reason != "abort"]
         for sample in samples:
             sample.reward, sample.reward_parts, sample.reward_error = None, {}, "generation was aborted"
+            sample.answer = None
         for sample, outcome in zip(complete, self.outcomes(complete), strict=True):
             sample.reward = outcome.value
             sample.reward_parts = dict(outcome.parts)
             sample.reward_error = outcome.error
+            sample.answer = self.answer_of(sample) if outcome.answer is None else outcome.answer
 
     @abstractmethod
     def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
@@ -55,7 +60,15 @@ class Reward(ABC):
 
     @abstractmethod
     def canonical_answer(self, text: str) -> str | None:
-        """The final answer of a response text, equal answers written alike; None without an answer."""
+        """The final answer of a complete response text, equal answers written alike; None without one."""
+
+    def answer_of(self, sample: Sample) -> str | None:
+        """The final answer of a response as the reward takes it, equal answers written alike.
+
+        None where it takes none: here, where a response that was cut announces no answer.
+        """
+        complete = sample.finish_reason == "stop" or explicit_answer(sample.text) is not None
+        return self.canonical_answer(sample.text) if complete else None
 
     def response_with(self, answer: str) -> str:
         """The text of a response that gives this answer."""

@@ -18,9 +18,12 @@ class ExactMatch(Reward):
         return [self._outcome(sample) for sample in samples]
 
     def _outcome(self, sample: Sample) -> Outcome:
-        answer = self.canonical_answer(sample.text)
+        answer = self.answer_of(sample)
         correct = answer == gold_answer(sample.prompt.answer)
         return Outcome(float(correct), {"answered": float(answer is not None)})
+
+    def answer_of(self, sample: Sample) -> str | None:
+        return self.canonical_answer(sample.text)
 
     def canonical_answer(self, text: str) -> str | None:
         return text.strip() or None
@@ -38,9 +41,12 @@ class HashAnswer(Reward):
         return [self._outcome(sample) for sample in samples]
 
     def _outcome(self, sample: Sample) -> Outcome:
-        answer = self.canonical_answer(sample.text) if sample.finish_reason == "stop" else None
+        answer = self.answer_of(sample)
         correct = answer == gold_answer(sample.prompt.answer)
         return Outcome(float(correct), {"answered": float(answer is not None)})
+
+    def answer_of(self, sample: Sample) -> str | None:
+        return self.canonical_answer(sample.text) if sample.finish_reason == "stop" else None
 
     def canonical_answer(self, text: str) -> str | None:
         return text.rpartition("#")[2] or None if "#" in text else None
@@ -69,9 +75,7 @@ class MultipleChoice(Reward):
         gold = _letter(gold_answer(sample.prompt.answer))
         if gold is None:
             return Outcome(error=f"the gold answer {sample.prompt.answer[-100:]!r} is no letter")
-        announced = explicit_answer(sample.text)
-        finished = sample.finish_reason == "stop"
-        answer = self.canonical_answer(sample.text) if announced is not None or finished else None
+        answer = self.answer_of(sample)
         return Outcome(float(answer == gold), {"answered": float(answer is not None)})
 
     def canonical_answer(self, text: str) -> str | None:

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_dgpo.rewards.answers import (
     canonical,
     explicit_answer,
-    final_answer,
     gold_answer,
     plain_number,
     strip_wrapping,
@@ -50,12 +49,19 @@ class MathVerify(Reward):
         else:
             results = call_here(score_response, calls)
         return [
-            Outcome(error=result) if isinstance(result, str) else Outcome(result["value"], result["parts"])
+            Outcome(error=result)
+            if isinstance(result, str)
+            else Outcome(result["value"], result["parts"], answer=result["answer"])
             for result in results
         ]
 
     def canonical_answer(self, text: str) -> str | None:
-        answer = final_answer(text)
+        """In this process, where nothing limits math-verify's time."""
+        return _read_response(text, finished=True)[1]
+
+    def answer_of(self, sample: Sample) -> str | None:
+        # What math-verify would find in a text without one comes with the score, or is not to be had.
+        answer = explicit_answer(sample.text)
         return None if answer is None else canonical(answer) or None
 
     def response_with(self, answer: str) -> str:
@@ -67,23 +73,19 @@ class MathVerify(Reward):
 
 
 def score_response(*, text: str, gold: str, finished: bool) -> dict[str, Any]:
-    """Score one response: {"value": 0.0 or 1.0, "parts": {"answered": 0.0 or 1.0}}.
+    """Score one response: {"value": 0.0 or 1.0, "parts": {"answered": 0.0 or 1.0}, "answer": canonical}.
 
     Raises UnreadableGold, and whatever the comparison raises.
     """
-    from math_verify import parse, verify
+    from math_verify import verify
 
     # math-verify's own time-outs are signals, which work in the main thread alone: the pool has its own.
     golds = _parse_answer(gold_answer(gold))
     if all(isinstance(value, str) for value in golds):
         raise UnreadableGold(f"gold answer {gold[-100:]!r} is not a number or expression")
-    answer = explicit_answer(text)
-    if answer is not None:
-        found = _parse_answer(answer)
-    else:
-        found = parse(text, parsing_timeout=None) if finished and text else []
+    found, answer = _read_response(text, finished)
     correct = bool(found) and verify(golds, found, timeout_seconds=None, raise_on_error=True)
-    return {"value": float(correct), "parts": {"answered": float(bool(found))}}
+    return {"value": float(correct), "parts": {"answered": float(bool(found))}, "answer": answer}
 
 
 def prepare_worker() -> None:
@@ -91,6 +93,19 @@ def prepare_worker() -> None:
     # It warns that nothing limits its time; the pool does.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     score_response(text="\\boxed{\\frac{1}{2}}", gold="0.5", finished=True)
+
+
+def _read_response(text: str, finished: bool) -> tuple[list[Any], str | None]:
+    """A response's final answer as math-verify sees it, and its canonical form (None: there is none)."""
+    from math_verify import parse
+
+    answer = explicit_answer(text)
+    if answer is not None:
+        return _parse_answer(answer), canonical(answer) or None
+    found = parse(text, parsing_timeout=None) if finished and text else []
+    # The piece of the text that was taken comes last; what it was turned into comes first.
+    taken = [piece for piece in found if isinstance(piece, str)]
+    return found, canonical(taken[-1]) or None if taken else None
 
 
 def _parse_answer(answer: str) -> list[Any]:

@@ -73,6 +73,9 @@ class Combined(Reward):
     def canonical_answer(self, text: str) -> str | None:
         return self.main.canonical_answer(text)
 
+    def answer_of(self, sample: Sample) -> str | None:
+        return self.main.answer_of(sample)
+
     def close(self) -> None:
         self.main.close()
 

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import evaluate
+import pytest
 from tiny import write_tokenizer
 
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
@@ -27,14 +28,58 @@ def test_greedy_samples_are_those_of_the_embedded_engine(
         "broadcast": [*sglang, "--sglang-python", sglang_python],
         "servers' own": [*sglang, "--url", servers["qwen2"].url, "--servers-load"],
     }
+    # A coroutine cannot run where the answers come in, which is an event loop; it takes 0.2 s.
+    rewards = {
+        "embedded": "exact_match",
+        "broadcast": "user_rewards:judge",
+        "servers' own": "user_rewards:judge",
+    }
     found = {}
     for name, more in engines.items():
         out, metrics = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.json"
         words = [model, "--data", data, "--no-chat-template", "--k", 1, "--temperature", 0, "--out", out]
-        words += ["--max-new-tokens", 12, "--reward", "exact_match", "--json", metrics, *more]
+        words += ["--max-new-tokens", 12, "--reward", rewards[name], "--json", metrics, *more]
         assert evaluate.main([*map(str, words)]) == 0
         rows = [json.loads(line) for line in out.read_text().splitlines()][1:]
         found[name] = {row["question"]: (row["text"], row["token_ids"]) for row in rows}
+        if rewards[name] == "user_rewards:judge":
+            assert [row["reward"] for row in rows] == [float("1" in row["text"]) for row in rows]
         assert json.loads(metrics.read_text())["num_problems"] == len(PROMPTS)
     assert found["broadcast"] == found["servers' own"] == found["embedded"]
     assert set(found["embedded"]) == set(PROMPTS)
+
+
+def test_a_server_that_takes_too_long_is_lost(
+    folders: dict[str, Path],
+    servers: dict[str, ServerProcess],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = shutil.copytree(folders["qwen2"], tmp_path / "model")
+    write_tokenizer(model)
+    (tmp_path / "data.jsonl").write_text(json.dumps({"prompt": "abc", "answer": "1"}) + "\n")
+    words = [
+        model,
+        "--data",
+        tmp_path / "data.jsonl",
+        "--no-chat-template",
+        "--k",
+        1,
+        "--out",
+        tmp_path / "o.jsonl",
+    ]
+    words += [
+        "--engine",
+        "sglang",
+        "--url",
+        servers["qwen2"].url,
+        "--servers-load",
+        "--reward",
+        "exact_match",
+    ]
+    words += ["--max-new-tokens", 12]
+    assert evaluate.main([*map(str, words), "--request-timeout-seconds", "0.0001"]) == 3
+    said = capsys.readouterr().err
+    assert f"error: no SGLang server is left: {servers['qwen2'].url}" in said
+    assert f"0 of 1 problems are done and in {tmp_path}/o.jsonl, from which the same command goes on" in said
+    assert evaluate.main([*map(str, words)]) == 0

@@ -18,6 +18,7 @@ import pytest
 from hub import SHA, Hub
 
 from megatron_dgpo.config.sources import HubDataset, parse_source
+from megatron_dgpo.rewards.exact import ExactMatch
 
 Capsys = pytest.CaptureFixture[str]
 
@@ -165,6 +166,22 @@ def test_a_function_that_fails_is_no_wrong_answer(jsonl: Any, capsys: Capsys) ->
     words = ["--reward", "operator:truediv", "--reward-workers", "0"]
     assert check_rewards.main([str(jsonl(plain("a", 1))), *words]) == 1
     assert "row 1: FAILED, " in capsys.readouterr().out
+
+
+def test_a_check_that_crashed_has_found_nothing(
+    jsonl: Any, capsys: Capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its status is not that of bad rows."""
+
+    class Crashing(ExactMatch):
+        def score(self, samples: Any) -> None:
+            raise RuntimeError("a worker did not start")
+
+    monkeypatch.setattr(check_rewards, "build_reward", lambda *_, **__: Crashing())
+    assert check_rewards.main([str(jsonl(plain("a", 1)))]) == 2
+    said = capsys.readouterr()
+    assert "error: the check ended early: RuntimeError: a worker did not start" in said.err
+    assert "gold answers are right" not in said.out
 
 
 # --- the hub --------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny import write_model, write_tokenizer
 
@@ -116,6 +117,90 @@ def test_the_steps_around_the_math_recipes(tmp_path: Path) -> None:
     said = run("evaluate_math.sh", "--k", "2")
     assert "8 problems, 2 samples each" in said
     assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["num_samples"] == 16
+
+
+def stubs(folder: Path, **scripts: str) -> dict[str, str]:
+    """An environment in which these commands are ours."""
+    folder.mkdir()
+    for name, script in scripts.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    return {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "HERE": str(folder)}
+
+
+def bash(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = ["bash", str(EXAMPLES / script)]
+    return subprocess.run(
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+    )
+
+
+@pytest.mark.parametrize("recipe", ["qwen2.5-math-7b", "qwen2.5-32b"])
+@pytest.mark.parametrize("heldout", ["", "one.parquet", "one.parquet two.jsonl"])
+def test_recipes_take_several_heldout_files(recipe: str, heldout: str, tmp_path: Path) -> None:
+    environment = stubs(tmp_path / "bin", python='printf "%s\\n" "$@"') | {"DRY_RUN": "1", "HELDOUT": heldout}
+    words = bash(f"{recipe}/run.sh", environment).stdout.splitlines()
+    given = json.loads(words[words.index("--evaluation.data") + 1])
+    assert given == (heldout.split() or ["data/aime-2024.parquet"])
+
+
+@pytest.mark.parametrize(
+    ("status", "says"),
+    [
+        (0, ""),
+        (1, "the rows above would train or count as wrong"),
+        (2, "its gold answers could not be checked"),
+    ],
+)
+def test_a_check_that_crashed_is_not_called_bad_rows(status: int, says: str, tmp_path: Path) -> None:
+    """And each source has its file and its key."""
+    python = """echo "$@" >> "$HERE/calls"; case "$1" in *check_rewards.py) exit "$STATUS";; esac"""
+    words = {
+        **{"SOURCE": "s", "DATA": str(tmp_path / "d.parquet"), "STATUS": str(status)},
+        **{"SOURCE_HELDOUT": "x hub://a/y", "PROMPT_KEY_HELDOUT": "prompt problem"},
+        "HELDOUT": f"{tmp_path}/x.parquet {tmp_path}/y.parquet",
+    }
+    environment = stubs(tmp_path / "bin", python=python) | words
+    done = bash("prepare_math.sh", environment)
+    assert done.returncode == (2 if status == 2 else 0)
+    assert says in done.stderr and bool(done.stderr) == bool(status)
+    calls = (tmp_path / "bin" / "calls").read_text().splitlines()
+    made = [line.split()[1] for line in calls if "preprocess" in line]
+    assert made == (["s"] if status == 2 else ["s", "x", "hub://a/y"])
+    if status != 2:
+        assert f"hub://a/y --out {tmp_path}/y.parquet" in calls[4] and "--prompt-key problem" in calls[4]
+    done = bash("prepare_math.sh", environment | {"HELDOUT": "only.parquet"})
+    assert done.returncode == 2 and "names 2 sources and HELDOUT 1 files" in done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_the_slurm_job_has_the_trainers_status_and_ends_the_servers(status: int, tmp_path: Path) -> None:
+    """`scancel` would end them too, but then the job counts as cancelled, whatever came of it."""
+    srun = """
+    echo "$@" >> "$HERE/calls"
+    case "$*" in *launch_server*) echo $$ > "$HERE/pid"; exec sleep 120;; esac
+    exit "$STATUS"
+    """
+    environment = stubs(
+        tmp_path / "bin",
+        srun=srun,
+        scontrol='printf "n%d\\n" 1 2 3 4 5 6',
+        curl='for _ in $(seq 200); do [ -s "$HERE/pid" ] && exit 0; sleep 0.1; done; exit 1',
+        scancel='echo scancel >> "$HERE/calls"',
+    )
+    done = bash("qwen2.5-32b/slurm.sh", environment | {"STATUS": str(status), "SLURM_JOB_NODELIST": "n[1-6]"})
+    assert done.returncode == status, done.stderr
+    calls = (tmp_path / "bin" / "calls").read_text()
+    assert "--nodelist=n1,n2 " in calls and "--nodelist=n3,n4,n5,n6 " in calls and "scancel" not in calls
+    try:
+        server = psutil.Process(int((tmp_path / "bin" / "pid").read_text()))
+        server.wait(timeout=20)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.TimeoutExpired:  # where nobody collects orphans
+        ended = server.status() == psutil.STATUS_ZOMBIE
+        server.kill()
+        assert ended
 
 
 @pytest.fixture(scope="module")

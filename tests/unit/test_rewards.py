@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from megatron_dgpo.rewards import Outcome, Reward, build_reward, canonical_answer, register, reward_names
-from megatron_dgpo.rewards.answers import canonical, explicit_answer, gold_answer
+from megatron_dgpo.rewards.answers import canonical, explicit_answer, final_answer, gold_answer
 from megatron_dgpo.rewards.pool import ProcessPool
 from megatron_dgpo.types import FinishReason, Prompt, Sample
 
@@ -79,6 +79,13 @@ MATH_CASES = [
     ("\\boxed{x^2+1}", "1+x^2", 1.0),
     ("\\boxed{\\frac{\\sqrt{8}}{2}}", "\\sqrt{2}", 1.0),
     ("\\boxed{x^2+1}", "1+x^3", 0.0),
+    ("\\boxed{1e3}", "1000", 1.0),
+    ("\\boxed{1e3}", "100", 0.0),
+    ("\\boxed{2.5e-1}", "1/4", 1.0),
+    ("\\boxed{5} answer: see above", "5", 1.0),
+    ("\\boxed{5} answer: see above", "6", 0.0),
+    ("\\boxed{5} answer: 6", "5", 0.0),
+    ("\\boxed{5} answer: 6", "6", 1.0),
     ("first \\boxed{3}, then \\boxed{4}", "3", 0.0),
     ("\\boxed{(2,1)}", "(1,2)", 0.0),
     ("#### ", "3", 0.0),
@@ -271,6 +278,7 @@ def test_explicit_answers():
     ("forms", "expected"),
     [
         (["0.50", "1/2", "\\frac12", "\\dfrac{1}{2}", "$\\frac{2}{4}$", "50%", "50\\%", ".5"], "1/2"),
+        (["1,000", "1e3", "1E+3", "1.0e3", "x = 1000", "1000 dollars", "y=1,000"], "1000"),
         (["1,234", "1234.0", "$1,234", "\\$1234", "1234 dollars", "1234."], "1234"),
         (["-3", "- 3", "\\frac{-6}{2}", "-\\frac{6}{2}"], "-3"),
         (["x^2 + 1", "\\(x^2+1\\)", "$x^2\\!+1$."], "x^2+1"),
@@ -291,7 +299,54 @@ def test_canonical_answers_of_responses():
     assert canonical_answer("hash_answer", "so;#2") == "2"
     assert canonical_answer("hash_answer", "so") is None and canonical_answer("hash_answer", "#") is None
     assert canonical_answer("exact_match", " yes ") == "yes" and canonical_answer("exact_match", " ") is None
-    assert canonical("9" * 100_000) == "9" * 100_000  # compared as it stands, in no time
+    assert canonical_answer("math_verify", "so x = \\frac{1}{2}") == "1/2"
+    assert final_answer("so x = -\\frac{1}{2}.") == "-\\frac{1}{2}" and final_answer("in 3 or 4") == "4"
+
+
+LONG = 100_000
+HOSTILE = {
+    "spaces": "1" + " " * LONG + "!",
+    "spaces after a dollar": "$" + " " * LONG + "x",
+    "white space": "5 \t\n" * (LONG // 4) + "!",
+    "words": "1" + " aa" * (LONG // 3) + "!",
+    "words after a box": "\\boxed{5}answer:" + " aa" * (LONG // 3) + "!",
+    "digits": "9" * LONG,
+    "thousands": "1" + ",234" * (LONG // 4) + "!",
+    "decimals": "1." * (LONG // 2),
+    "a power": "1e" + "9" * LONG,
+    "slashes": "1/" * (LONG // 2),
+    "fractions": "\\frac{1" * (LONG // 7),
+    "a fraction": "\\frac{-1}{" + "1" * LONG + "}",
+    "half a fraction": "\\frac" + " " * LONG + "!",
+    "texts": "\\text{" * (LONG // 6),
+    "braces": "\\boxed{" + "{" * LONG,
+    "answers": "answer " * (LONG // 7),
+    "an answer": "answer" + " " * LONG,
+    "answers' lines": "answer:\n" * (LONG // 8),
+    "equations": "x=" * (LONG // 2),
+    "hashes": "#" * LONG,
+}
+TIMED = """
+import json, sys, time
+from megatron_dgpo.rewards.answers import canonical, explicit_answer, final_answer, plain_number
+for name, text in json.load(sys.stdin).items():
+    start = time.process_time()
+    for read in (canonical, explicit_answer, final_answer, plain_number):
+        read(text)
+    print(json.dumps([name, time.process_time() - start]), flush=True)
+"""
+
+
+def test_hostile_texts_are_read_in_linear_time():
+    """They are read in the trainer's process. Quadratic time would be minutes for one of them: it is given
+    seconds, of CPU time, in a process that is ended where it takes more."""
+    done = subprocess.run(
+        [sys.executable, "-c", TIMED], input=json.dumps(HOSTILE), capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    seconds = dict(json.loads(line) for line in done.stdout.splitlines())
+    assert seconds.keys() == HOSTILE.keys() and max(seconds.values()) < 5, seconds
+    assert canonical("9" * LONG) == "9" * LONG  # compared as it stands
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="no ../shared/data/gsm8k_test.jsonl")
