@@ -10,7 +10,8 @@ import base64
 import logging
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 15.0
 """After a group or a broadcast was broken off, how long a server that was in it may take to say so."""
+_ARRIVAL_SECONDS = 1.0
+"""How long a server may take, as a rule, from the request to join until it is there."""
 _LEAVE_SECONDS = 5.0
 """How long servers may take to leave a group that is not needed any more."""
 
@@ -97,8 +100,7 @@ class _Sender:
             return
         self.failed = True
         first = {url: e for url, a in answers.items() if a.done() and (e := a.exception())}
-        self.break_off()
-        wait_for(answers.values(), timeout=_GRACE_SECONDS)
+        self.break_off(answers.values())
         for url, answer in answers.items():
             error = answer.exception() if answer.done() else TimeoutError("it does not answer any more")
             if not isinstance(error, ServerError | None):
@@ -115,8 +117,9 @@ class _Sender:
     def answered(self) -> None:
         """Every server took what was sent."""
 
-    def break_off(self) -> None:
-        """Free servers that wait for more of it."""
+    def break_off(self, answers: Collection[Future[Any]]) -> None:
+        """Free servers that wait for more of it, and give them time to answer."""
+        wait_for(answers, timeout=_GRACE_SECONDS)
 
 
 class Broadcast(_Sender):
@@ -151,14 +154,21 @@ class Broadcast(_Sender):
         limit = timedelta(seconds=timeout_seconds)
         # The store finds a free port by itself and keeps it. It lives as long as this: members that wait in
         # it for the others are freed when it goes.
-        self._store: dist.TCPStore | None = dist.TCPStore(
-            address, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False
+        self._store_arguments: dict[str, Any] = dict(
+            host_name=address,
+            port=0,
+            world_size=world_size,
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
         )
+        self._store: dist.TCPStore | None = dist.TCPStore(**self._store_arguments)
+        port = self._store_arguments["port"] = self._store.port
         payloads, offset = {}, 1
         for url, size in ranks.items():
             payloads[url] = dict(
                 master_address=address,
-                master_port=self._store.port,
+                master_port=port,
                 rank_offset=offset,
                 world_size=world_size,
                 group_name=name,
@@ -170,7 +180,7 @@ class Broadcast(_Sender):
         self._joining = [joining]
         threading.Thread(
             target=_join,
-            args=(joining, address, self._store.port, name, world_size, device, limit),
+            args=(joining, address, port, name, world_size, device, limit),
             daemon=True,
         ).start()
         # Joining waits for all; a server that cannot come says so long before that times out.
@@ -207,11 +217,29 @@ class Broadcast(_Sender):
             self._work.wait()
             self._work = None
 
-    def break_off(self) -> None:
-        for joining in self._joining:
-            joining.add_done_callback(_discard)
-        self._joining = []
+    def break_off(self, answers: Collection[Future[Any]]) -> None:
+        joining, self._joining = self._joining, []
+        for each in joining:
+            each.add_done_callback(_discard)
+            self._free_joiners(answers)
         self._drop_group()
+        if not joining:
+            super().break_off(answers)
+
+    def _free_joiners(self, answers: Collection[Future[Any]]) -> None:
+        """Members that wait for others answer at once when the store goes. One that comes too late for that
+        would look for it for half an hour, so there is a store again for it, until that goes too."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if not wait_for(answers, timeout=_ARRIVAL_SECONDS).not_done:
+                break
+            self._store = None
+            if not wait_for(answers, timeout=_ARRIVAL_SECONDS).not_done:
+                break
+            try:
+                self._store = dist.TCPStore(**self._store_arguments)
+            except RuntimeError as error:
+                log.info("no second store for late servers: %s", error)
 
     def _drop_group(self) -> None:
         group, self.group, self._work = self.group, None, None
