@@ -33,8 +33,8 @@ _GRACE_SECONDS = 15.0
 """After a group or a broadcast was broken off, how long a server that was in it may take to say so."""
 _ARRIVAL_SECONDS = 1.0
 """How long a server may take, as a rule, from the request to join until it is there."""
-_LEAVE_SECONDS = 5.0
-"""How long servers may take to leave a group that is not needed any more."""
+_LEAVE_SECONDS = 4.0
+"""How long it may take, here and at the servers, to leave a group that is not needed any more."""
 
 
 class Transport(Protocol):
@@ -242,20 +242,20 @@ class Broadcast(_Sender):
                 log.info("no second store for late servers: %s", error)
 
     def _drop_group(self) -> None:
-        group, self.group, self._work = self.group, None, None
-        if group is not None:
-            group.abort()
-            dist.destroy_process_group(group)
+        held, self.group, self._work = [self._work, self.group], None, None
+        if held[1] is not None:
+            # Its last reference must be the thread's: gloo waits, where that goes, until the group's time-out
+            # for a server that refused what is being broadcast.
+            leaving = threading.Thread(target=_destroy, args=(held,), daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_SECONDS)
         self._store = None
 
     def close(self) -> None:
         path, payload = "/destroy_weights_update_group", {"group_name": self.name}
         alive = [] if self.failed else [url for url in self.servers if url in self.client.live]
         asked = [self.client.submit(url, path, payload, timeout=_LEAVE_SECONDS) for url in alive]
-        try:
-            self._drop_group()
-        except Exception as error:
-            log.warning("leaving the group for weights: %s", error)
+        self._drop_group()
         for answer in asked:
             if (failure := answer.exception()) is not None:
                 log.info("a server may still have the group for weights: %s", failure)
@@ -298,8 +298,17 @@ def _join(
 def _discard(joined: Future[dist.ProcessGroup]) -> None:
     """A group that came about after all, when it was not wanted any more."""
     if joined.exception() is None:
-        joined.result().abort()
-        dist.destroy_process_group(joined.result())
+        _destroy([joined.result()])
+
+
+def _destroy(held: list[Any]) -> None:
+    """End a group, the last of these objects."""
+    try:
+        held[-1].abort()
+        dist.destroy_process_group(held[-1])
+    except Exception as error:
+        log.warning("leaving the group for weights: %s", error)
+    held.clear()
 
 
 class SharedMemory(_Sender):
