@@ -125,3 +125,10 @@ def managed_servers_killed_at_each_stage(rank: int, world: int, folder: Path, py
         finally:
             trainer.engine.close()
     return seen
+
+
+def to_one_server(rank: int, world: int, folder: Path, url: str) -> dict[str, Any]:
+    """A sync, and how far its log-probs are off."""
+    c = config(folder)
+    with split(c) as groups:
+        return pushed(folder, groups, c, (url,), 50, 60)
