@@ -54,7 +54,7 @@ def test_servers_killed_while_a_stage_sends_are_started_again(
     folders: dict[str, Path], sglang_python: Path
 ) -> None:
     by_rank = run_ranks(
-        trouble_ranks.managed_servers_killed_at_each_stage, 4, folders["qwen3"], sglang_python, timeout=400
+        trouble_ranks.managed_servers_killed_at_each_stage, 4, folders["qwen3"], sglang_python, timeout=580
     )
     seen = by_rank[0]
     assert max(map(max, seen["differences"])) <= BOUND and len(seen["differences"]) == 3
