@@ -52,9 +52,9 @@ class TakesAll(Engine, Protocol):
 class TakesStages(Engine, Protocol):
     """One engine for all ranks, to which each pipeline stage sends what it owns."""
 
-    def update_weights_by_stage(
-        self, buckets: Callable[[], Iterable[WeightBucket]], version: int
-    ) -> None: ...
+    def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> bool:
+        """Whether servers were replaced on the way; the same on every rank."""
+        ...
 
 
 class SyncMismatch(RuntimeError):
@@ -95,23 +95,26 @@ class WeightSync:
         self._probe_ids = probe_ids(model.shape.vocab_size, model.shape.max_positions)
 
     def push(self, version: int) -> Gap | None:
-        """After this, everything the engine generates carries `version`. The gap, where it was probed.
+        """After this, everything the engine generates carries `version`. The gap, where it was probed:
+        every `probe_every` versions, the first time, and whenever servers were replaced.
 
         Raises SyncMismatch on all ranks where the probe's gap is above the bound.
         """
-        limit = self._config.bucket_bytes
+        limit, changed = self._config.bucket_bytes, self._first
         if isinstance(self._engine, TakesStages):
-            self._engine.update_weights_by_stage(
+            replaced = self._engine.update_weights_by_stage(
                 lambda: stage_buckets(self._model, self._groups, bucket_bytes=limit), version
             )
+            changed = changed or replaced
         else:
             stream = export_stream(self._model, self._groups, bucket_bytes=limit)
             self._engine.update_weights(stream, version)
             for _ in stream:  # an engine that stops early must not leave the other ranks waiting
                 pass
-        every, first = self._config.probe_every, self._first
+        every = self._config.probe_every
         self._first = False
-        return self._probe(version) if every and (first or version % every == 0) else None
+        # Servers that are new have never proved that they can take weights.
+        return self._probe(version) if every and (changed or version % every == 0) else None
 
     def recover(self, *, needed: bool) -> bool:
         """Whether any rank needs it: then dead servers are replaced and given the current weights."""

@@ -62,6 +62,8 @@ class SGLangEngine:
         self._timeout = sync.timeout_seconds
         self._version = -1
         self._group_number = 0
+        self._dead: dict[str, str] = {}
+        """What the last `_agree` found on any rank, and why; the same on every rank."""
         self.transport: Transport | None = None
         """How this rank's weights go to the servers, once they have; None on ranks that send none."""
         self.client = SGLangClient(
@@ -85,6 +87,7 @@ class SGLangEngine:
 
     def close(self) -> None:
         """Leave the servers; those that this rank started are ended."""
+        self._disconnect()
         self.client.close()
         self._fleet.close()
 
@@ -145,8 +148,8 @@ class SGLangEngine:
         self.client.own_names = {weight_version(url): version for url in self.client.live}
         self._version = self.client.version = version
 
-    def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> None:
-        """Give every server the weights; collective over all ranks.
+    def update_weights_by_stage(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> bool:
+        """Give every server the weights; collective over all ranks. Whether servers were replaced.
 
         Servers that died since are replaced first, and so are those that fail on the way, after which
         the whole update is done again: a server never draws with weights of two versions.
@@ -160,21 +163,29 @@ class SGLangEngine:
         """
         if version < max(self._version, 0):
             raise ValueError(f"weight version {version} is older than the engine's {self._version}")
-        complete = False
+        complete = changed = False
         self.client.hold()
+        # From now on: rank 0 lets the servers draw again before the others know that the update is complete.
+        self.client.version = version
+        if self.client.own_names:
+            self.client.own_names = {**self.client.own_names, str(version): version}
         try:
             for _ in range(_ATTEMPTS):
-                self._heal()
+                changed = self._heal() or changed
                 if complete := self._attempt(buckets, version):
                     break
             else:
                 raise WeightUpdateFailed(f"weight version {version} did not arrive in {_ATTEMPTS} attempts")
         finally:
             self._version = self.client.version = version if complete else -1
-            self.client.own_names = {}
+            if not complete:
+                self._disconnect()  # a server that waits for more of it would hear nothing else
             if self._groups.rank == 0:
                 self._session.resume(abort=not complete)
+            if complete:
+                self._agree()  # a server that does not draw again is dead to all ranks
             self.client.release()
+        return changed
 
     def _attempt(self, buckets: Callable[[], Iterable[WeightBucket]], version: int) -> bool:
         """One whole update; whether all servers have it."""
@@ -195,7 +206,8 @@ class SGLangEngine:
         for stage in range(self._groups.pp.size()):
             if ok and self._groups.pp.rank() == stage:
                 self._send(mine, version)
-            ok = ok and self._agree()
+            agreed = self._agree()
+            ok = ok and agreed
         if speaks and ok:
             self._session.end()
         return self._agree() and ok
@@ -229,7 +241,7 @@ class SGLangEngine:
     # --- servers that fail ------------------------------------------------------------------------
 
     def _agree(self) -> bool:
-        """Tell all ranks which servers are dead; whether the update can go on.
+        """Tell all ranks which servers are dead; whether the update can go on. The same on every rank.
 
         Raises WeightUpdateFailed on all ranks when a server that lives refused its part of it.
         """
@@ -237,25 +249,37 @@ class SGLangEngine:
         refusals = {**self._session.refusals, **(transport.refusals if transport else {})}
         failed = transport is not None and transport.failed
         reports = platform.gather_objects((self.client.dead, refusals, failed), self._groups.world)
+        # From what was gathered alone: what this rank's own client finds out meanwhile, others do not know.
+        self._dead = {}
         for dead, _, _ in reports:
-            for url, reason in dead.items():
-                self.client.mark_dead(url, reason)
-        if self.client.dead:
-            return False  # what others refused came of that
+            self._dead = {**dead, **self._dead}
+        for url, reason in self._dead.items():
+            self.client.mark_dead(url, reason)
+        if self._dead:
+            return False  # a server that died makes others refuse; the next attempt does without it
         for _, refused, _ in reports:
             for url, message in refused.items():
                 raise WeightUpdateFailed(f"{url} refused a weight update: {message}")
         return not any(failed for _, _, failed in reports)
 
-    def _heal(self) -> None:
-        """Replace servers that are dead; a new set of servers gets new process groups."""
+    def _heal(self) -> bool:
+        """Replace servers that are dead; a new set of servers gets new process groups. Whether it did."""
         if self._groups.rank == 0:
             for url, reason in self._fleet.exited().items():
                 self.client.mark_dead(url, reason)
         if self._agree():
-            return
-        if self.transport is not None:
-            self.transport.close()
-            self.transport = None
-        self._fleet.replace(self.client.dead)
+            return False
+        self._disconnect()
+        if not self._dead:
+            return False
+        self._fleet.replace(self._dead)
+        late = {url: reason for url, reason in self.client.dead.items() if url not in self._dead}
         self.client.set_servers(list(self._fleet.ranks))
+        for url, reason in late.items():
+            self.client.mark_dead(url, reason)
+        return True
+
+    def _disconnect(self) -> None:
+        transport, self.transport = self.transport, None
+        if transport is not None:
+            transport.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import SGLangConfig
-from megatron_dgpo.rollout.sglang.servers import ServerProcess, check_server, workers_of_router
+from megatron_dgpo.rollout.sglang.servers import ServerFailed, ServerProcess, check_server, workers_of_router
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -90,26 +90,47 @@ class Fleet:
         if self._config.router or self._config.urls:
             urls = workers_of_router(self._config.router) if self._config.router else self._config.urls
             return {url: check_server(url, self._model_path) for url in urls}
-        return self._launch(range(self._config.launch.count))
-
-    def _launch(self, numbers: Iterable[int]) -> dict[str, int]:
-        """Start servers side by side and wait for all; a server's number chooses devices and log file."""
-        launch = self._config.launch
-        started = {}
+        numbers = range(self._config.launch.count)
         for n in numbers:
-            started[n] = self._processes[n] = ServerProcess(
-                self._model_path,
-                launch,
-                number=n,
-                dtype=self._dtype,
-                log_file=self._log_folder / f"server_{n}.log",
-                colocate=self._config.colocate,
-            )
-        for process in started.values():
-            process.wait_ready(launch.startup_timeout_seconds)
-        for process in started.values():
-            check_server(process.url, self._model_path)
-        return {p.url: launch.tensor_parallel_size for p in started.values()}
+            self._start(n)
+        return dict(self._ready(n) for n in numbers)
+
+    def _start(self, number: int) -> None:
+        """A server's process; its number chooses devices and log file."""
+        self._processes[number] = ServerProcess(
+            self._model_path,
+            self._config.launch,
+            number=number,
+            dtype=self._dtype,
+            log_file=self._log_folder / f"server_{number}.log",
+            colocate=self._config.colocate,
+        )
+
+    def _ready(self, number: int) -> tuple[str, int]:
+        """URL and tensor-parallel size, once it answers."""
+        process, launch = self._processes[number], self._config.launch
+        process.wait_ready(launch.startup_timeout_seconds)
+        check_server(process.url, self._model_path)
+        return process.url, launch.tensor_parallel_size
+
+    def _started_again(self, numbers: Sequence[int]) -> tuple[dict[str, int], list[str]]:
+        """Of these servers, started side by side, those that came up; and why the others did not."""
+        failures: dict[int, str] = {}
+        for n in numbers:
+            try:
+                self._start(n)
+            except ServerFailed as error:
+                failures[n] = str(error)
+        up: dict[str, int] = {}
+        for n in numbers:
+            if n in failures:
+                continue
+            try:
+                up |= [self._ready(n)]
+            except ServerFailed as error:
+                failures[n] = str(error)
+                self._processes.pop(n).stop()
+        return up, list(failures.values())
 
     def _replaced(self, dead: Mapping[str, str]) -> dict[str, int]:
         left = {url: size for url, size in self.ranks.items() if url not in dead}
@@ -128,8 +149,11 @@ class Fleet:
         for url in dead:
             if not self._managed:
                 log.warning("SGLang server %s is dropped for the rest of the run (%s)", url, dead[url])
-        left |= self._launch(again)
+        up, failures = self._started_again(again)
+        left |= up
         if not left:
-            reasons = "; ".join(f"{url}: {reason}" for url, reason in dead.items())
+            reasons = "; ".join([*(f"{url}: {reason}" for url, reason in dead.items()), *failures])
             raise FleetLost(f"no SGLang server is left ({reasons})")
+        for failure in failures:
+            log.warning("a server could not be started again; %d are left: %s", len(left), failure)
         return left

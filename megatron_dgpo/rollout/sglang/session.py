@@ -79,10 +79,15 @@ class UpdateSession:
         )
 
     def resume(self, *, abort: bool = False) -> None:
-        """Let every live server draw again; `abort` ends what was in flight, whose weights are gone."""
+        """Let every live server draw again; `abort` ends what was in flight, whose weights are gone.
+
+        A server that refuses counts as dead: samples would wait there until they time out.
+        """
         if abort:
             self._each("/abort_request", {"abort_all": True}, self._client.live)
-        self._each("/continue_generation", {}, self._client.live)
+        for url, error in self._each("/continue_generation", {}, self._client.live).items():
+            self._client.mark_dead(url, str(error))
+        self.refusals = {}
 
     def _each(self, path: str, payload: dict[str, Any], urls: Sequence[str]) -> dict[str, ServerError]:
         asked = [(u, self._client.submit(u, path, payload, timeout=self._timeout)) for u in list(urls)]

@@ -10,7 +10,8 @@ import base64
 import logging
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future
 from concurrent.futures import wait as wait_for
 from datetime import timedelta
@@ -29,16 +30,21 @@ from megatron_dgpo.types import WeightBucket
 log = logging.getLogger(__name__)
 
 _GRACE_SECONDS = 15.0
-"""After a broadcast was broken off, how long a server that was in it may take to say so."""
+"""After a group or a broadcast was broken off, how long a server that was in it may take to say so."""
+_ARRIVAL_SECONDS = 1.0
+"""How long a server may take, as a rule, from the request to join until it is there."""
+_LEAVE_SECONDS = 4.0
+"""How long it may take, here and at the servers, to leave a group that is not needed any more."""
 
 
 class Transport(Protocol):
     """Sends buckets to a fixed set of servers."""
 
     refusals: dict[str, str]
-    """What servers answered that did not take a bucket, by URL; they are alive."""
+    """What servers answered that would not join or take a bucket, by URL; they are alive."""
     failed: bool
-    """Whether anything went wrong since it was made; then it sends nothing any more."""
+    """Whether anything went wrong since it was made; then it sends nothing any more. Servers that are in
+    neither `refusals` nor the client's dead were only held up by the others."""
 
     def send(self, bucket: WeightBucket, version: int) -> None:
         """Send a bucket; its buffer is free again when `bucket.in_use()` returns."""
@@ -48,7 +54,9 @@ class Transport(Protocol):
         """Wait until every server took everything, or something failed."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Have the servers leave, if nothing failed. Takes a few seconds at most and raises nothing."""
+        ...
 
 
 class _Sender:
@@ -64,9 +72,11 @@ class _Sender:
 
     def post(self, path: str, payloads: Mapping[str, dict[str, Any]]) -> None:
         """Ask every server of `payloads`, without waiting."""
+        # `settle` breaks off when the time is over. The request lasts longer: a server that only waited
+        # for another one answers then, and is told apart by that from the one that hangs.
+        limit = self.timeout_seconds + 2 * _GRACE_SECONDS
         self._answers = {
-            url: self.client.submit(url, path, payload, timeout=self.timeout_seconds)
-            for url, payload in payloads.items()
+            url: self.client.submit(url, path, payload, timeout=limit) for url, payload in payloads.items()
         }
 
     def post_bucket(self, path: str, payloads: Mapping[str, dict[str, Any]], bucket: WeightBucket) -> None:
@@ -79,29 +89,37 @@ class _Sender:
         self.settle()
 
     def settle(self) -> None:
-        """Wait for the answers; at the first failure break off and find out who is still there."""
+        """Wait for the answers; at the first failure break off and find out whose fault it was."""
         answers, self._answers = self._answers, {}
         if not answers:
             return
-        wait_for(answers.values(), return_when=FIRST_EXCEPTION)
-        if not any(a.done() and a.exception() for a in answers.values()):
+        waited_for = [*answers.values(), *self.beside()]
+        done, late = wait_for(waited_for, timeout=self.timeout_seconds, return_when=FIRST_EXCEPTION)
+        if not late and not any(a.exception() for a in done):
             self.answered()
             return
         self.failed = True
-        self.break_off()
-        wait_for(answers.values(), timeout=_GRACE_SECONDS)
+        first = {url: e for url, a in answers.items() if a.done() and (e := a.exception())}
+        self.break_off(answers.values())
         for url, answer in answers.items():
             error = answer.exception() if answer.done() else TimeoutError("it does not answer any more")
-            if isinstance(error, ServerError):
+            if not isinstance(error, ServerError | None):
+                self.client.mark_dead(url, f"during a weight sync: {error}")
+            elif url in first:
                 self.refusals[url] = str(error)
             elif error is not None:
-                self.client.mark_dead(url, f"during a weight sync: {error}")
+                log.info("%s was held up by another server's failure: %s", url, error)
+
+    def beside(self) -> Sequence[Future[Any]]:
+        """What else has to come to an end before the servers' answers mean success."""
+        return ()
 
     def answered(self) -> None:
         """Every server took what was sent."""
 
-    def break_off(self) -> None:
-        """Free servers that wait for more of it."""
+    def break_off(self, answers: Collection[Future[Any]]) -> None:
+        """Free servers that wait for more of it, and give them time to answer."""
+        wait_for(answers, timeout=_GRACE_SECONDS)
 
 
 class Broadcast(_Sender):
@@ -130,16 +148,27 @@ class Broadcast(_Sender):
         self.group: dist.ProcessGroup | None = None
         """None once it was broken off."""
         self._work: dist.Work | None = None
+        self._joining: list[Future[dist.ProcessGroup]] = []
         address = socket.gethostname() if address == "hostname" else address
         world_size = 1 + sum(ranks.values())
         limit = timedelta(seconds=timeout_seconds)
-        # The store finds a free port by itself and keeps it.
-        store = dist.TCPStore(address, 0, world_size, is_master=True, timeout=limit, wait_for_workers=False)
+        # The store finds a free port by itself and keeps it. It lives as long as this: members that wait in
+        # it for the others are freed when it goes.
+        self._store_arguments: dict[str, Any] = dict(
+            host_name=address,
+            port=0,
+            world_size=world_size,
+            is_master=True,
+            timeout=limit,
+            wait_for_workers=False,
+        )
+        self._store: dist.TCPStore | None = dist.TCPStore(**self._store_arguments)
+        port = self._store_arguments["port"] = self._store.port
         payloads, offset = {}, 1
         for url, size in ranks.items():
             payloads[url] = dict(
                 master_address=address,
-                master_port=store.port,
+                master_port=port,
                 rank_offset=offset,
                 world_size=world_size,
                 group_name=name,
@@ -148,17 +177,19 @@ class Broadcast(_Sender):
             offset += size
         self.post("/init_weights_update_group", payloads)
         joining: Future[dist.ProcessGroup] = Future()
+        self._joining = [joining]
         threading.Thread(
-            target=_join, args=(joining, store, name, world_size, device, limit), daemon=True
+            target=_join,
+            args=(joining, address, port, name, world_size, device, limit),
+            daemon=True,
         ).start()
         # Joining waits for all; a server that cannot come says so long before that times out.
-        wait_for([joining, *self._answers.values()], return_when=FIRST_EXCEPTION)
-        if joining.done() and joining.exception() is None:
-            self.group = joining.result()
-        elif joining.done():
-            log.warning("the group for weights was not formed: %s", joining.exception())
         self.settle()
-        self.failed = self.failed or self.group is None
+        if joining.done() and joining.exception() is not None:
+            log.warning("the group for weights was not formed: %s", joining.exception())
+
+    def beside(self) -> Sequence[Future[Any]]:
+        return self._joining
 
     def send(self, bucket: WeightBucket, version: int) -> None:
         self.settle()
@@ -179,32 +210,61 @@ class Broadcast(_Sender):
         )
 
     def answered(self) -> None:
+        if self._joining:
+            self.group = self._joining.pop().result()
         # The servers have all of it, so this does not wait for long.
         if self._work is not None:
             self._work.wait()
             self._work = None
 
-    def break_off(self) -> None:
+    def break_off(self, answers: Collection[Future[Any]]) -> None:
+        joining, self._joining = self._joining, []
+        for each in joining:
+            each.add_done_callback(_discard)
+            self._free_joiners(answers)
         self._drop_group()
+        if not joining:
+            super().break_off(answers)
+
+    def _free_joiners(self, answers: Collection[Future[Any]]) -> None:
+        """Members that wait for others answer at once when the store goes. One that comes too late for that
+        would look for it for half an hour, so there is a store again for it, until that goes too."""
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while time.monotonic() < deadline:
+            if not wait_for(answers, timeout=_ARRIVAL_SECONDS).not_done:
+                break
+            self._store = None
+            if not wait_for(answers, timeout=_ARRIVAL_SECONDS).not_done:
+                break
+            try:
+                self._store = dist.TCPStore(**self._store_arguments)
+            except RuntimeError as error:
+                log.info("no second store for late servers: %s", error)
 
     def _drop_group(self) -> None:
-        group, self.group, self._work = self.group, None, None
-        if group is not None:
-            group.abort()
-            dist.destroy_process_group(group)
+        held, self.group, self._work = [self._work, self.group], None, None
+        if held[1] is not None:
+            # Its last reference must be the thread's: gloo waits, where that goes, until the group's time-out
+            # for a server that refused what is being broadcast.
+            leaving = threading.Thread(target=_destroy, args=(held,), daemon=True)
+            leaving.start()
+            leaving.join(_LEAVE_SECONDS)
+        self._store = None
 
     def close(self) -> None:
-        """Leave the group, here and at the servers that are there."""
-        alive = [url for url in self.servers if url in self.client.live]
-        if not self.failed:
-            self.post("/destroy_weights_update_group", dict.fromkeys(alive, {"group_name": self.name}))
+        path, payload = "/destroy_weights_update_group", {"group_name": self.name}
+        alive = [] if self.failed else [url for url in self.servers if url in self.client.live]
+        asked = [self.client.submit(url, path, payload, timeout=_LEAVE_SECONDS) for url in alive]
         self._drop_group()
-        self.settle()
+        for answer in asked:
+            if (failure := answer.exception()) is not None:
+                log.info("a server may still have the group for weights: %s", failure)
 
 
 def _join(
     joined: Future[dist.ProcessGroup],
-    store: dist.Store,
+    address: str,
+    port: int,
     name: str,
     world_size: int,
     device: torch.device,
@@ -217,6 +277,8 @@ def _join(
     from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
     try:
+        # A connection like the servers', so that this thread does not keep the store itself.
+        store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit)
         backend = Backend("nccl" if device.type == "cuda" else "gloo")
         group, _ = _new_process_group_helper(
             world_size,
@@ -231,6 +293,22 @@ def _join(
         joined.set_result(group)
     except BaseException as error:
         joined.set_exception(error)
+
+
+def _discard(joined: Future[dist.ProcessGroup]) -> None:
+    """A group that came about after all, when it was not wanted any more."""
+    if joined.exception() is None:
+        _destroy([joined.result()])
+
+
+def _destroy(held: list[Any]) -> None:
+    """End a group, the last of these objects."""
+    try:
+        held[-1].abort()
+        dist.destroy_process_group(held[-1])
+    except Exception as error:
+        log.warning("leaving the group for weights: %s", error)
+    held.clear()
 
 
 class SharedMemory(_Sender):

@@ -1,0 +1,67 @@
+"""Real SGLang servers beside ones that refuse, hang or die in the middle of a weight sync.
+
+Its tests change the weights of the session's servers, so they come after those of test_sglang_sync.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trouble_ranks
+from spawn import run_ranks
+
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+
+BOUND = 1e-4
+
+
+def test_a_server_that_does_not_join_takes_no_other_down(
+    folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    given = folders["llama"], servers["llama"].url
+    (seen,) = run_ranks(trouble_ranks.beside_one_that_does_not_join, 1, *given, timeout=200)
+    refused, url = seen["refuses"], seen["url"]
+    assert f"{refused['other']} refused a weight update" in refused["error"] and not refused["dead"]
+    assert url not in refused["error"]
+    assert seen["alone"]["difference"] <= BOUND
+    hung = seen["hangs"]
+    assert hung["left"] == [url] and hung["difference"] <= BOUND and not hung["error"]
+    assert refused["seconds"] < 10 and hung["seconds"] < 60, seen
+    assert seen["alone"]["closing"] < 6, seen
+
+
+def test_servers_without_sessions_and_servers_that_fail(
+    folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    given = folders["llama"], servers["llama"].url
+    (seen,) = run_ranks(trouble_ranks.other_servers, 1, *given, timeout=200)
+    old = seen["without sessions"]
+    assert old["difference"] <= BOUND and not old["error"]
+    assert "/end_weight_update" not in old["calls"]
+    for name, path in (("500 at begin", "/begin_weight_update"), ("500 at update", trouble_ranks.UPDATE)):
+        failed = seen[name]
+        assert failed["error"].startswith(f"{failed['url']} refused a weight update"), failed
+        assert f"{path} answered 500: made to fail" in failed["error"]
+        assert failed["seconds"] < 20, failed
+        # Drawing was stopped once, and goes on.
+        assert failed["calls"].count("/pause_generation") == 1
+        assert failed["calls"][-1] == "/continue_generation"
+        assert seen[f"after {name}"]["difference"] <= BOUND
+    assert seen["after without sessions"]["difference"] <= BOUND
+
+
+def test_servers_killed_while_a_stage_sends_are_started_again(
+    folders: dict[str, Path], sglang_python: Path
+) -> None:
+    by_rank = run_ranks(
+        trouble_ranks.managed_servers_killed_at_each_stage, 4, folders["qwen3"], sglang_python, timeout=580
+    )
+    seen = by_rank[0]
+    assert max(map(max, seen["differences"])) <= BOUND and len(seen["differences"]) == 3
+    start, first, second = seen["pids"]
+    # One was replaced each time, and the other went on.
+    assert first[0] == start[1] and first[1] not in start
+    assert second[0] == first[0] and second[1] not in (*start, *first)
+    for each in by_rank:
+        for n in (0, 1):  # with both servers, and with the one that is left
+            assert each[f"complete {n}"] and each[f"versions {n}"] == {3}

@@ -1,0 +1,27 @@
+"""New weights while a real SGLang server draws: which weights drew which token of a sample.
+
+The test changes the weights of a server of the session, so it comes after those of test_sglang_sync.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import flight_ranks
+from spawn import run_ranks
+
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+
+
+def test_every_token_has_the_log_prob_of_the_weights_that_it_names(
+    folders: dict[str, Path], servers: dict[str, ServerProcess]
+) -> None:
+    given = folders["qwen3"], servers["qwen3"].url, ("retract", "abort")
+    for seen in run_ranks(flight_ranks.sync_while_drawing, 2, *given, timeout=300):
+        for way, samples in seen.items():
+            assert samples["complete"] and len(samples["spans"]) == 8 * 48, way
+            assert samples["versions"] == [1, 2], way
+            assert samples["difference"] <= 1e-4, (way, samples["difference"])
+        # Some were half done, and went on under the new weights, or began again.
+        assert max(seen["retract"]["spans"]) == 2
+        assert set(seen["abort"]["spans"]) == {1}

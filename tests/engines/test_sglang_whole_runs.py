@@ -1,0 +1,136 @@
+"""Training runs under torchrun on real SGLang servers that die, and with ranks that die.
+
+They change the weights of a server of the session, so they come after the tests of test_sglang_sync.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import trouble_ranks
+from launch import Launch
+from spawn import run_ranks
+from test_sglang_sync import _servers_of
+from tiny import write_tokenizer
+
+from megatron_dgpo.observe.metrics import read_metrics
+from megatron_dgpo.rollout.sglang.servers import ServerProcess
+
+CONFIG = """
+[model]
+path = "{model}"
+[run]
+folder = "{folder}"
+[parallel]
+timeout_seconds = 240
+[data]
+train = ["{model}/data.jsonl"]
+apply_chat_template = false
+max_prompt_tokens = 16
+[rollout]
+engine = "sglang"
+max_new_tokens = 24
+[rollout.sglang]
+request_timeout_seconds = 60
+[rollout.sglang.launch]
+startup_timeout_seconds = 200
+[reward]
+name = "exact_match"
+[train]
+prompts_per_step = 4
+samples_per_prompt = 4
+prompts_per_minibatch = 4
+[optimizer]
+lr = 1e-3
+[sync]
+timeout_seconds = 60
+"""
+
+
+@pytest.fixture(scope="module")
+def model(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "model"
+    shutil.copytree(folders["llama"], folder)
+    write_tokenizer(folder)
+    rows = [{"prompt": f"{n}+{n}=", "answer": str(n % 10)} for n in range(16)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def start(module: str, model: Path, folder: Path, *words: object) -> Launch:
+    config = folder / "run.toml"
+    config.write_text(CONFIG.format(model=model, folder=folder / "run"))
+    return Launch(module, 2, (config, *words), folder / "log")
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    if not (folder / "run" / "metrics.jsonl").exists():
+        return []
+    return [row for row in read_metrics(folder / "run") if row["phase"] == "train"]
+
+
+def server_of(launch: Launch) -> psutil.Process:
+    """The one that the run has started."""
+    family = psutil.Process(launch.process.pid).children(recursive=True)
+    return next(p for p in family if os.getpgid(p.pid) == p.pid and p.parent() in launch.workers())
+
+
+def test_a_server_that_is_killed_costs_a_run_with_async_steps_nothing(
+    model: Path, sglang_python: Path, tmp_path: Path
+) -> None:
+    words = ("--train.steps", 4, "--train.async_steps", 1, "--algorithm.tis_cap", 2.0)
+    words += ("--parallel.tensor_model_parallel_size", 2)
+    words += ("--rollout.sglang.launch.python", sglang_python)
+    launch = start("megatron_dgpo.train", model, tmp_path, *words)
+    try:
+        launch.wait_until(lambda: len(steps(tmp_path)) == 1)
+        os.killpg(server_of(launch).pid, signal.SIGKILL)
+        launch.succeed()
+    finally:
+        launch.kill()
+    assert "starting SGLang server" in launch.output
+    rows = steps(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["response_length"] > 0 and row["sync_log_prob_gap"] < 1e-4 for row in rows)
+    stale = [row["staleness"] for row in rows]
+    # What the dead server had not finished was drawn again, under the current weights.
+    assert stale[0] == 0 and stale[-1] == 1 and max(stale) == 1, stale
+    assert not _servers_of(tmp_path)
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_server_whose_trainer_dies_in_a_sync_serves_the_next_run(
+    rank: int,
+    model: Path,
+    servers: dict[str, ServerProcess],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rank 0 speaks for all and sends the first stage's weights; rank 1 sends the second stage's."""
+    note, url = tmp_path / "note", servers["llama"].url
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    monkeypatch.setenv("DIES", str(rank))
+    monkeypatch.setenv("NOTE", str(note))
+    words = ("--train.steps", 3, "--parallel.pipeline_model_parallel_size", 2)
+    launch = start("dies_in_sync", model, tmp_path, *words, "--rollout.sglang.urls", f'["{url}"]')
+    try:
+        launch.wait_until(note.exists)
+        family = psutil.Process(launch.process.pid).children(recursive=True)
+        started = time.monotonic()
+        assert launch.wait(60) != 0
+        took = time.monotonic() - started
+    finally:
+        launch.kill()
+    assert took < 50, took
+    assert not psutil.wait_procs(family, timeout=10)[1]
+    (seen,) = run_ranks(trouble_ranks.to_one_server, 1, model, url, timeout=120)
+    assert not seen["error"] and seen["difference"] <= 1e-4
