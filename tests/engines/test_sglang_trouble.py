@@ -5,6 +5,7 @@ Its tests change the weights of the session's servers, so they come after those 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,7 @@ def test_a_tensor_parallel_server_beside_a_small_one(
 ) -> None:
     """Of three server ranks the first two are one server's."""
     # SGLang wants a NUMA node for each rank of a CPU server, or to be told its cores.
-    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|0")
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
     launch = LaunchConfig(python=sglang_python, tensor_parallel_size=2)
     wide = ServerProcess(folders["llama"], launch, number=0, dtype="float32", log_file=tmp_path / "log")
     try:
