@@ -5,11 +5,14 @@ Its tests change the weights of the session's servers, so they come after those 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 import trouble_ranks
 from spawn import run_ranks
 
+from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
 
 BOUND = 1e-4
@@ -48,6 +51,27 @@ def test_servers_without_sessions_and_servers_that_fail(
         assert failed["calls"][-1] == "/continue_generation"
         assert seen[f"after {name}"]["difference"] <= BOUND
     assert seen["after without sessions"]["difference"] <= BOUND
+
+
+def test_a_tensor_parallel_server_beside_a_small_one(
+    folders: dict[str, Path],
+    servers: dict[str, ServerProcess],
+    sglang_python: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of three server ranks the first two are one server's."""
+    # SGLang wants a NUMA node for each rank of a CPU server, or to be told its cores.
+    monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
+    launch = LaunchConfig(python=sglang_python, tensor_parallel_size=2)
+    wide = ServerProcess(folders["llama"], launch, number=0, dtype="float32", log_file=tmp_path / "log")
+    try:
+        wide.wait_ready(300)
+        urls = (wide.url, servers["llama"].url)
+        seen = run_ranks(trouble_ranks.from_stages, 2, folders["llama"], urls, timeout=120)[0]
+    finally:
+        wide.stop()
+    assert seen["left"] == list(urls) and seen["difference"] <= BOUND, seen
 
 
 def test_servers_killed_while_a_stage_sends_are_started_again(

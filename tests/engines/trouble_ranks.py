@@ -129,6 +129,15 @@ def managed_servers_killed_at_each_stage(rank: int, world: int, folder: Path, py
 
 def to_one_server(rank: int, world: int, folder: Path, url: str) -> dict[str, Any]:
     """A sync, and how far its log-probs are off."""
-    c = config(folder)
+    return to_servers(rank, world, folder, (url,))
+
+
+def to_servers(rank: int, world: int, folder: Path, urls: tuple[str, ...], **sizes: int) -> dict[str, Any]:
+    """A sync from a trainer of this split, and how far the servers' log-probs are off."""
+    c = config(folder, **sizes)  # type: ignore[arg-type]
     with split(c) as groups:
-        return pushed(folder, groups, c, (url,), 50, 60)
+        return pushed(folder, groups, c, urls, 50, 60)
+
+
+def from_stages(rank: int, world: int, folder: Path, urls: tuple[str, ...]) -> dict[str, Any]:
+    return to_servers(rank, world, folder, urls, pp=2)
