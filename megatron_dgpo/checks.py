@@ -37,8 +37,13 @@ def check_all(config: AnyConfig, world_size: int | None = None) -> list[str]:
     if isinstance(config, Config) and config.rollout.engine == "sglang":
         problems += _sglang(config, world_size)
     if isinstance(config, Config):
-        problems += _policies(config)
+        problems += [*_policies(config), *_server_devices(config, local_world_size(world_size))]
     return problems
+
+
+def local_world_size(world_size: int) -> int:
+    """Ranks of this machine: all of them, where torchrun (or who asks for a dry run) does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
 
 
 def replica_size(config: AnyConfig) -> int:
@@ -178,6 +183,25 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
         if name in launch.args:
             follows = f"rollout.sglang.launch.{key}" if key else "the run"
             yield f"rollout.sglang.launch.args: {name} follows from {follows} and cannot be set"
+
+
+def _server_devices(config: Config, ranks: int) -> Iterator[str]:
+    """The trainer's ranks have the first GPUs of their machine, where the servers are as well."""
+    c = config.rollout.sglang
+    if config.rollout.engine != "sglang" or c.urls or c.router:
+        return
+    taken = [device for device in c.launch.devices if device < ranks]
+    if c.colocate and c.launch.devices:
+        yield (
+            "rollout.sglang.launch.devices: rollout.sglang.colocate puts the servers on the trainer's GPUs, "
+            "from 0 up; set one of the two"
+        )
+    elif taken:
+        yield (
+            f"rollout.sglang.launch.devices: {taken[0]} is the trainer's, whose {ranks} ranks on this "
+            f"machine (LOCAL_WORLD_SIZE) have the GPUs below {ranks}; use others, fewer ranks, or "
+            "rollout.sglang.colocate"
+        )
 
 
 def _algorithm(a: AlgorithmConfig, steps: int) -> Iterator[str]:

@@ -22,7 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_dgpo.checks import Absent, check_all, read_json, replica_size
+from megatron_dgpo.checks import Absent, check_all, local_world_size, read_json, replica_size
 from megatron_dgpo.config import Config, SFTConfig
 from megatron_dgpo.config.algorithms import PRESETS
 from megatron_dgpo.plan import plan
@@ -31,6 +31,8 @@ C = TypeVar("C", Config, SFTConfig)
 SHORT_NAMES = {"resume": "run.resume"}
 ExtraCheck = Callable[[Any], Iterable[str]]
 """A check that only the caller can make (it needs Megatron, say): problems as "key: message"."""
+Inspect = Callable[[Any], Iterable[str]]
+"""What the caller finds in the input files, for a dry run: lines. Raises ValueError or OSError."""
 _PATIENCE_SECONDS = 20.0
 """How long a rank with a problem leaves the word to rank 0, under torchrun."""
 
@@ -49,14 +51,16 @@ def load(
     *,
     extra_checks: Sequence[ExtraCheck] = (),
     world_size: int | None = None,
+    inspect: Inspect | None = None,
 ) -> C:
     """The config of a command line, validated and cross-checked.
 
     `--help` and `--dry-run` print and raise SystemExit(0); a dry run makes every check first, but forgives
-    files that are not there.
+    files that are not there. What it can learn from those that are, `inspect` says.
 
     Raises:
         ConfigError: with all problems that were found.
+        ValueError, OSError: what `inspect` raises.
     """
     if "--help" in argv or "-h" in argv:
         if os.environ.get("RANK", "0") == "0":
@@ -73,31 +77,42 @@ def load(
     # Where both complain of one key, the caller's check knows more.
     told = {p.partition(": ")[0] for p in problems}
     problems += [p for p in check_all(config, world_size) if p.partition(": ")[0] not in told]
-    absent = [p for p in problems if dry_run and isinstance(p, Absent)]
+    absent: list[str] = [p for p in problems if dry_run and isinstance(p, Absent)]
     if len(problems) > len(absent):
         raise ConfigError([p for p in problems if p not in absent])
     if dry_run:
         if os.environ.get("RANK", "0") == "0":
-            _print_dry_run(config, world_size, absent)
+            _print_dry_run(config, world_size, [*(inspect(config) if inspect else []), *_notes(absent)])
         raise SystemExit(0)
     return config
 
 
-def _print_dry_run(config: BaseModel, world_size: int | None, absent: Sequence[str]) -> None:
-    """The resolved config, and as comments of it the plan and what is not there yet."""
-    print(dump_toml(config))
+def _notes(absent: Sequence[str]) -> list[str]:
+    return [f"not there yet: {problem}" for problem in absent]
+
+
+def _print_dry_run(config: BaseModel, world_size: int | None, notes: Sequence[str]) -> None:
+    """The resolved config, and as comments of it the plan, the data and what is not there yet."""
+    lines = list(notes)
     if isinstance(config, Config):
-        hf = read_json(config.model.path / "config.json")
-        for line in plan(config, world_size or replica_size(config), hf if isinstance(hf, dict) else None):
-            print(f"# {line}")
-    for problem in absent:
-        print(f"# not there yet: {problem}")
+        hf, world_size = read_json(config.model.path / "config.json"), world_size or replica_size(config)
+        sizes = hf if isinstance(hf, dict) else None
+        lines[:0] = plan(config, world_size, sizes, local=local_world_size(world_size))
+    print(dump_toml(config))
+    for line in lines:
+        print(f"# {line}")
 
 
-def load_or_exit(argv: Sequence[str], schema: type[C], *, extra_checks: Sequence[ExtraCheck] = ()) -> C:
+def load_or_exit(
+    argv: Sequence[str],
+    schema: type[C],
+    *,
+    extra_checks: Sequence[ExtraCheck] = (),
+    inspect: Inspect | None = None,
+) -> C:
     """`load` for entry points: rank 0 prints each problem on a line, and every rank exits with 2."""
     with refusals():
-        return load(argv, schema, extra_checks=extra_checks)
+        return load(argv, schema, extra_checks=extra_checks, inspect=inspect)
 
 
 @contextmanager
@@ -333,7 +348,8 @@ def help_text(schema: type[BaseModel]) -> str:
         "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
         "--resume goes on from the last checkpoint in run.folder (short for --run.resume).",
         "--dry-run makes every check, prints the resolved config and the plan, and stops. WORLD_SIZE=N in",
-        "the environment stands for N processes; weights, tokenizer and data need not be there.",
+        "the environment stands for N processes; weights, tokenizer and data need not be there, but data",
+        "that are there are read.",
     ]
     section = ""
     for key, kind, default, text in keys(schema):

@@ -24,14 +24,19 @@ from transformers import AutoTokenizer
 from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, validate
-from megatron_dgpo.config import RESERVED_POSITIONS, Config
-from megatron_dgpo.data import load_prompts
+from megatron_dgpo.config import RESERVED_POSITIONS, Config, SFTConfig, SFTDataConfig
+from megatron_dgpo.config.sources import HubDataset, parse_source
+from megatron_dgpo.data import load_prompts, load_supervised
+from megatron_dgpo.data.problems import read_problems
 from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.data.sources import read_rows
+from megatron_dgpo.data.supervised import SupervisedExample
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
 from megatron_dgpo.mcore.layers import have_transformer_engine
 from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS
 from megatron_dgpo.mcore.policy import OWNED_DDP_FIELDS, OWNED_OPTIMIZER_FIELDS
 from megatron_dgpo.rewards import build_reward, build_term, reward_names
+from megatron_dgpo.rollout.policies import prompts_per_draw
 from megatron_dgpo.types import Prompt
 
 log = logging.getLogger(__name__)
@@ -43,7 +48,10 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
     return load_or_exit(
-        argv, schema, extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm)
+        argv,
+        schema,
+        extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm),
+        inspect=_data_there,
     )
 
 
@@ -190,6 +198,41 @@ def load_tokenizer(config: AnyConfig) -> Any:
     return tokenizer
 
 
+def load_train(config: Config, tokenizer: Any) -> list[Prompt]:
+    """The prompts to train on.
+
+    Raises ValueError or OSError, naming file and row, for what cannot be read, and ConfigError where a step
+    takes more of them.
+    """
+    prompts = load_prompts(
+        config.data.train,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        answer_key=config.data.answer_key,
+        apply_chat_template=config.data.apply_chat_template,
+        system_prompt=config.data.system_prompt,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+    )
+    key = "rollout.oversampling" if config.rollout.oversampling > 1 else "train.prompts_per_step"
+    require_prompts(key, prompts_per_draw(config), len(prompts))
+    return prompts
+
+
+def load_examples(config: SFTConfig, tokenizer: Any) -> list[SupervisedExample]:
+    """The same for a supervised run."""
+    examples = load_supervised(
+        config.data.train,
+        tokenizer,
+        prompt_key=config.data.prompt_key,
+        response_key=config.data.response_key,
+        apply_chat_template=config.data.apply_chat_template,
+        max_tokens=config.data.max_tokens,
+        system_prompt=config.data.system_prompt,
+    )
+    require_prompts("train.batch_size", config.train.batch_size, len(examples))
+    return examples
+
+
 def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
     """The evaluation's prompts, each problem once."""
     if not config.evaluation.data:
@@ -215,6 +258,44 @@ def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
                 f"make {length}, and the model has {limit} positions for them"
             )
     return prompts
+
+
+def _data_there(config: AnyConfig) -> Iterator[str]:
+    """What a dry run finds in the data: all that a run reads where all of it is there, and the tokenizer;
+    otherwise the rows of the files that are."""
+    tokenizer = load_tokenizer(config) if (config.model.path / "tokenizer.json").is_file() else None
+    for key, sources in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
+        parsed = [parse_source(text) for text in sources]
+        files = [source for source in parsed if isinstance(source, Path) and source.is_file()]
+        rows = sum([_rows(config, key, file) for file in files])
+        if rows:
+            yield f"{key}: {rows:,} rows in {len(files)} of {len(parsed)} sources"
+        yield from (f"{key}: {s} is not looked at by a dry run" for s in parsed if isinstance(s, HubDataset))
+        if not files or len(files) < len(parsed):
+            continue
+        if tokenizer is None:
+            yield f"{key}: how long they are in tokens is not known without the tokenizer"
+            continue
+        if key == "evaluation.data":
+            what, lengths = "problems", [len(p.token_ids) for p in load_heldout(config, tokenizer)]
+        elif isinstance(config, Config):
+            what, lengths = "prompts", [len(p.token_ids) for p in load_train(config, tokenizer)]
+        else:
+            what, lengths = "examples", [e.num_tokens for e in load_examples(config, tokenizer)]
+        mean = sum(lengths) / len(lengths)
+        yield (
+            f"{key}: {len(lengths):,} {what} that are used, of {min(lengths):,} to {max(lengths):,} tokens, "
+            f"{mean:,.1f} in the mean"
+        )
+
+
+def _rows(config: AnyConfig, key: str, file: Path) -> int:
+    """Raises ValueError for a row that is malformed."""
+    section = config.evaluation if key == "evaluation.data" else config.data
+    if isinstance(section, SFTDataConfig):
+        return sum(1 for _ in read_rows(file, [section.prompt_key, section.response_key]))
+    found = read_problems([file], prompt_key=section.prompt_key, answer_key=section.answer_key)
+    return sum(1 for _ in found)
 
 
 def require_prompts(key: str, wanted: int, given: int) -> None:

@@ -15,8 +15,9 @@ from megatron_dgpo.config import Config
 GIB = 1 << 30
 
 
-def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None) -> list[str]:
-    """Lines of text; `hf`: the model's config.json, None where it is not there."""
+def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None, *, local: int) -> list[str]:
+    """Lines of text; `hf`: the model's config.json, None where it is not there; `local`: ranks of a
+    machine."""
     p = config.parallel
     replica = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
     dp = max(1, world_size // replica)
@@ -24,7 +25,7 @@ def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None) -> list[
         f"ranks: {world_size} = tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data {dp}",
         *_step(config, world_size, dp),
-        *_engines(config),
+        *_engines(config, local),
     ]
     if hf is not None:
         lines += _weights(config, replica, dp, hf)
@@ -54,7 +55,7 @@ def _step(config: Config, world_size: int, dp: int) -> Iterator[str]:
     )
 
 
-def _engines(config: Config) -> Iterator[str]:
+def _engines(config: Config, local: int) -> Iterator[str]:
     s = config.rollout.sglang
     if config.rollout.engine == "embedded":
         yield "engine: in every training process"
@@ -64,7 +65,8 @@ def _engines(config: Config) -> Iterator[str]:
         yield f"engine: SGLang servers at {', '.join(s.urls)}"
     else:
         n = s.launch.count * s.launch.tensor_parallel_size
-        gpus = ", ".join(map(str, s.launch.devices or range(n)))
+        first = 0 if s.colocate else local  # the trainer's ranks have the first GPUs
+        gpus = ", ".join(map(str, s.launch.devices or range(first, first + n)))
         shared = ", which the trainer uses too" if s.colocate else ""
         yield (
             f"engine: {s.launch.count} SGLang servers of {s.launch.tensor_parallel_size} GPUs, started on "

@@ -21,9 +21,9 @@ from megatron_dgpo import platform
 from megatron_dgpo.algorithms.surrogate import token_coefficients
 from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import SFTConfig, SyncConfig
-from megatron_dgpo.data import PackItem, PromptCursor, load_supervised, pack
+from megatron_dgpo.data import PackItem, PromptCursor, pack
 from megatron_dgpo.data.supervised import SupervisedExample
-from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
+from megatron_dgpo.entry import claim, load_examples, load_heldout, load_tokenizer, parse
 from megatron_dgpo.learner import score_sequences, supervised_loss
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.observe.console import Console, set_up_logging
@@ -56,17 +56,7 @@ class Data:
 def load_data(config: SFTConfig) -> Data:
     """Raises ValueError or OSError, naming file and row, for what cannot be read."""
     tokenizer = load_tokenizer(config)
-    examples = load_supervised(
-        config.data.train,
-        tokenizer,
-        prompt_key=config.data.prompt_key,
-        response_key=config.data.response_key,
-        apply_chat_template=config.data.apply_chat_template,
-        max_tokens=config.data.max_tokens,
-        system_prompt=config.data.system_prompt,
-    )
-    require_prompts("train.batch_size", config.train.batch_size, len(examples))
-    return Data(examples, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
+    return Data(load_examples(config, tokenizer), load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
 
 
 def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:

@@ -21,8 +21,8 @@ from megatron_dgpo import platform
 from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import Config
-from megatron_dgpo.data import PromptCursor, load_prompts
-from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, parse, require_prompts
+from megatron_dgpo.data import PromptCursor
+from megatron_dgpo.entry import claim, load_heldout, load_tokenizer, load_train, parse
 from megatron_dgpo.learner import Learner, MiniBatch, score_sequences
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.observe.console import Console, set_up_logging
@@ -62,18 +62,7 @@ class Data:
 def load_data(config: Config) -> Data:
     """Raises ValueError or OSError, naming file and row, for what cannot be read."""
     tokenizer = load_tokenizer(config)
-    prompts = load_prompts(
-        config.data.train,
-        tokenizer,
-        prompt_key=config.data.prompt_key,
-        answer_key=config.data.answer_key,
-        apply_chat_template=config.data.apply_chat_template,
-        system_prompt=config.data.system_prompt,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-    )
-    key = "rollout.oversampling" if config.rollout.oversampling > 1 else "train.prompts_per_step"
-    require_prompts(key, prompts_per_draw(config), len(prompts))
-    return Data(prompts, load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
+    return Data(load_train(config, tokenizer), load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
 
 
 def run(config: Config, groups: platform.Groups, data: Data) -> None:

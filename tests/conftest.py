@@ -32,8 +32,8 @@ def _ending_at_once_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares fixtures runs in one process, where tests are run side by side: a file, or all tests of
-    engines, which share servers."""
+    """What shares fixtures runs in one process, where tests are run side by side: a file's tests, and all
+    that use the servers of tests/engines/conftest.py."""
     for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "engines" else item.path.stem))
+        shared = "servers" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("servers" if shared else item.path.stem))

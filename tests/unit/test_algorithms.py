@@ -304,7 +304,9 @@ def test_infinite_tau_is_grpo():
 
 
 @pytest.mark.parametrize(
-    "make", [dgpo, partial(dgpo, credit_timing="update"), partial(grpo, kl_coef=0.04)], ids=str
+    "make",
+    [dgpo, partial(dgpo, credit_timing="update"), partial(grpo, kl_coef=0.04)],
+    ids=["dgpo", "dgpo at update", "grpo with kl"],
 )
 @pytest.mark.parametrize("aggregation", ["sequence_mean", "token_mean"])
 def test_the_split_into_micro_batches_does_not_matter(make, aggregation):

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import write_model, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_dgpo.cli import ConfigError, load, validate
 from megatron_dgpo.config import Config, SFTConfig
+from megatron_dgpo.entry import parse
 from megatron_dgpo.plan import num_parameters, plan
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -57,23 +61,34 @@ def recipe(name: str, **sections: dict[str, Any]) -> Config:
 
 
 def test_plan_of_the_7b_recipe() -> None:
-    text = "\n".join(plan(recipe("qwen2.5-math-7b"), 8, hf("qwen2.5-math-7b")))
-    assert "ranks: 8 = tensor 4 x pipeline 1 x context 1 x data 2" in text
-    assert "512 prompts x 16 = 8,192 samples; 4,096 a replica, 1,024 a rank" in text
-    assert "64 prompts = 1,024 samples, 512 a replica; 8 updates a step, 1,600 in 200 steps" in text
-    assert "at most 4,090 a sample, 33,505,280 a step, 16,752,640 a replica" in text
+    text = "\n".join(plan(recipe("qwen2.5-math-7b"), 4, hf("qwen2.5-math-7b"), local=4))
+    assert "ranks: 4 = tensor 4 x pipeline 1 x context 1 x data 1" in text
+    assert "512 prompts x 16 = 8,192 samples; 8,192 a replica, 2,048 a rank" in text
+    assert "64 prompts = 1,024 samples, 1,024 a replica; 8 updates a step, 1,600 in 200 steps" in text
+    assert "at most 4,090 a sample, 33,505,280 a step, 33,505,280 a replica" in text
     assert "2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7" in text
-    # 7.6156e9 / 4 parameters: 2 and 4 bytes of each, and 12 of every second one.
-    assert "about 3.55 GiB of weights, 7.09 of gradients and 10.6 of Adam's state: 21.3 GiB" in text
+    # 7.6156e9 / 4 parameters: 2, 4 and 12 bytes of each.
+    assert "about 3.55 GiB of weights, 7.09 of gradients and 21.3 of Adam's state: 31.9 GiB" in text
+
+
+def test_servers_have_the_gpus_after_the_trainers() -> None:
+    def engine(local: int, **sglang: Any) -> str:
+        launch = {"count": 2, "tensor_parallel_size": 2}
+        changed = recipe("quickstart", rollout={"engine": "sglang", "sglang": {"launch": launch, **sglang}})
+        return next(x for x in plan(changed, 8, None, local=local) if x.startswith("engine: "))
+
+    assert engine(4).endswith("2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7")
+    assert engine(8).endswith("on GPUs 8, 9, 10, 11")
+    assert engine(4, colocate=True).endswith("on GPUs 0, 1, 2, 3, which the trainer uses too")
 
 
 def test_plan_of_sampling_and_engines() -> None:
     small = recipe("qwen2.5-32b", rollout={"dynamic_sampling": True, "oversampling": 1.25, "max_rounds": 4})
-    text = "\n".join(plan(small, 32, None))
+    text = "\n".join(plan(small, 32, None, local=8))
     assert "8,192 samples, of 10,240 drawn, in up to 4 draws until enough groups differ" in text
     assert "SGLang servers at http://server-0:30000, http://server-1:30000" in text and "weights" not in text
     embedded = recipe("quickstart", rollout={"engine": "embedded"})
-    assert "engine: in every training process" in "\n".join(plan(embedded, 2, None))
+    assert "engine: in every training process" in "\n".join(plan(embedded, 2, None, local=2))
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda f: str(f.relative_to(EXAMPLES)))
@@ -82,7 +97,7 @@ def test_every_recipe_runs_dry(
     file: Path, algorithm: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without weights, tokenizer, data and GPU, with the sizes of some model."""
-    monkeypatch.setenv("WORLD_SIZE", {"qwen2.5-math-7b": "8", "qwen2.5-32b": "64"}.get(file.parent.name, "2"))
+    monkeypatch.setenv("WORLD_SIZE", {"qwen2.5-math-7b": "4", "qwen2.5-32b": "32"}.get(file.parent.name, "2"))
     schema: Any = SFTConfig if "sft" in file.stem else Config
     words = [str(file), "--dry-run"]
     if schema is Config:
@@ -98,3 +113,131 @@ def test_every_recipe_runs_dry(
     monkeypatch.setenv("WORLD_SIZE", "12")
     with pytest.raises(ConfigError, match="parallel: 12 processes do not divide into replicas of (8|16)"):
         load([*words, "--parallel.tensor_model_parallel_size", "8"], schema)
+
+
+# --- as a user runs them dry ------------------------------------------------------------------------------
+
+
+def dry(words: list[str], capsys: pytest.CaptureFixture[str], schema: Any = Config) -> str:
+    """What `python -m megatron_dgpo.train words... --dry-run` prints, or sft with its schema."""
+    with pytest.raises(SystemExit) as caught:
+        parse([*words, "--dry-run"], schema)
+    printed = capsys.readouterr()
+    assert caught.value.code == 0, printed.err
+    return printed.out
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "engine"),
+    [
+        ("qwen2.5-math-7b", 4, "on GPUs 4, 5, 6, 7"),
+        ("qwen2.5-32b", 32, "SGLang servers at http://server-0:30000, http://server-1:30000"),
+    ],
+)
+def test_the_recipes_scripts_run_dry(
+    name: str,
+    ranks: int,
+    engine: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With the command that run.sh gives to python, at its own number of ranks."""
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\nprintf "%s\\0" "$WORLD_SIZE" "$@"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DRY_RUN": "1"}
+    for variable in ("MODEL", "DATA", "HELDOUT", "NPROC", "NNODES", "SERVERS", "ALGORITHM"):
+        environment.pop(variable, None)
+    said = subprocess.check_output(["bash", str(EXAMPLES / name / "run.sh")], env=environment, timeout=60)
+    world_size, *words = said.decode().split("\0")[:-1]
+    assert int(world_size) == ranks and words[:2] == ["-m", "megatron_dgpo.train"]
+    monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.chdir(EXAMPLES.parent)
+    words = [w for w in words[2:] if w != "--dry-run"]
+    text = dry(words, capsys)
+    assert f"# ranks: {ranks} = " in text and engine in text and "# not there yet: data.train: " in text
+    if name == "qwen2.5-math-7b":  # as NPROC=8 starts it
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        with pytest.raises(SystemExit):
+            parse([*words, "--dry-run"], Config)
+        assert "error: rollout.sglang.launch.devices: 4 is the trainer's, whose 8 " in capsys.readouterr().err
+
+
+def test_the_custom_algorithm_runs_dry(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    files = ["examples/quickstart/dgpo.toml", "examples/custom_algorithm/algorithm.toml"]
+    model = str(EXAMPLES / "qwen2.5-math-7b" / "model")
+    text = dry([*files, "--model.path", model], capsys)
+    assert 'name = "examples.custom_algorithm.cispo:Cispo"' in text and "# ranks: 2 = tensor 2" in text
+
+
+def test_a_dry_run_reads_the_data_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    model = write_tokenizer(write_model(tmp_path / "model", tied=True))
+    rows = [
+        {"prompt": "1+2=", "answer": "3"},
+        {"prompt": "1+2+3=", "answer": "6"},
+        {"prompt": "4" * 30, "answer": "4"},
+    ]
+    data, heldout = tmp_path / "train.jsonl", tmp_path / "heldout.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    heldout.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[0]) + "\n")
+    words = [
+        str(EXAMPLES / "quickstart/dgpo.toml"),
+        "--model.path",
+        str(model),
+        "--data.max_prompt_tokens",
+        "20",
+    ]
+    words += ["--parallel.tensor_model_parallel_size", "1", "--rollout.max_new_tokens", "40"]
+    words += ["--run.folder", str(tmp_path / "run"), "--data.apply_chat_template", "false"]
+    words += ["--data.train", f'["{data}"]', "--evaluation.data", f'["{heldout}"]']
+    small = ["--train.prompts_per_step", "2", "--train.prompts_per_minibatch", "2"]
+
+    text = dry([*words, *small], capsys)
+    assert "# data.train: 3 rows in 1 of 1 sources" in text
+    assert "# data.train: 2 prompts that are used, of 4 to 6 tokens, 5.0 in the mean" in text
+    assert "# evaluation.data: 2 rows in 1 of 1 sources" in text
+    assert "# evaluation.data: 1 problems that are used, of 4 to 4 tokens" in text
+    # What is there does not have to be enough, or right, to be refused before the run.
+    for more, says in (
+        ([], "error: train.prompts_per_step: 32 is more than the 2 rows of data.train"),
+        ([*small, "--data.answer_key", "gold"], f"error: {data}, row 1: "),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            parse([*words, *more, "--dry-run"], Config)
+        assert caught.value.code == 2 and says in capsys.readouterr().err
+    # Without one of the files, and then without the tokenizer.
+    some = ["--data.train", f'["{data}", "none.jsonl", "hub://a/b"]']
+    text = dry([*words, *some], capsys)
+    assert "# data.train: 3 rows in 1 of 3 sources" in text and "none.jsonl is not a file" in text
+    assert (
+        "# data.train: hub://a/b?split=train is not looked at by a dry run" in text
+        and "that are used" not in text.split("# eval")[0]
+    )
+    (model / "tokenizer.json").unlink()
+    text = dry(words, capsys)
+    assert "# data.train: how long they are in tokens is not known without the tokenizer" in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_supervised_dry_run_reads_its_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    model = write_tokenizer(write_model(tmp_path / "model", tied=True))
+    data = tmp_path / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "1+2=", "response": "3" * n}) + "\n" for n in (1, 5)))
+    words = [str(EXAMPLES / "quickstart/sft.toml"), "--model.path", str(model), "--data.max_tokens", "40"]
+    words += ["--parallel.tensor_model_parallel_size", "1", "--rollout.max_new_tokens", "40"]
+    words += ["--run.folder", str(tmp_path / "run"), "--data.apply_chat_template", "false"]
+    words += ["--data.train", f'["{data}"]', "--train.batch_size", "2"]
+    text = dry(words, capsys, SFTConfig)
+    assert "# data.train: 2 rows in 1 of 1 sources" in text
+    assert "# data.train: 2 examples that are used, of 6 to 10 tokens, 8.0 in the mean" in text  # with <eos>

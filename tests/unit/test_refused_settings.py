@@ -93,6 +93,15 @@ SETTINGS = {
         ["--algorithm.name", "ppo", "--train.steps", 9, "--algorithm.critic_warmup_steps", 9],
         "algorithm.critic_warmup_steps: 9 leaves the policy untrained in train.steps 9; use fewer",
     ),
+    "servers on the trainer's GPUs": Case(
+        [*SGLANG, "--rollout.sglang.launch.devices", "[1]"],
+        "rollout.sglang.launch.devices: 1 is the trainer's, whose 2 ranks on this machine (LOCAL_WORLD_SIZE)",
+        world_size=2,
+    ),
+    "devices of colocated servers": Case(
+        [*SGLANG, "--rollout.sglang.colocate", "--rollout.sglang.launch.devices", "[1]"],
+        "rollout.sglang.launch.devices: rollout.sglang.colocate puts the servers on the trainer's GPUs, from",
+    ),
     "tau without credit": Case(
         ["--algorithm.name", "grpo", "--algorithm.tau", 0.5],
         "algorithm.tau: 0.5 has no effect with algorithm.credit = 'uniform'",
@@ -219,7 +228,7 @@ SETTINGS = {
         "rollout.sglang.launch.python: no/python is not there; `make sglang` makes it",
     ),
     "too few GPUs": Case(
-        [*SGLANG, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.devices", "[0]"],
+        [*SGLANG, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.devices", "[1]"],
         "rollout.sglang.launch.devices: 1 GPUs for 2 servers of 1, which take 2",
     ),
     "one port for two": Case(
