@@ -236,6 +236,7 @@ def _sglang(
     launch = LaunchConfig(
         python=options.sglang_python,
         tensor_parallel_size=options.server_tensor_parallel_size,
+        devices=tuple(range(options.server_tensor_parallel_size)),  # the first too: nothing trains here
         args={"load_format": "auto"} if own else {},
     )
     config = SGLangConfig(

@@ -110,8 +110,8 @@ class LaunchConfig(Section):
     tensor_parallel_size: PositiveInt = 1
     """GPUs of each server."""
     devices: Annotated[tuple[Count, ...], Field(strict=False)] = ()
-    """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: from 0 up. With
-    CUDA_VISIBLE_DEVICES they count in its list, as the ranks' do."""
+    """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: those after the ranks' own.
+    With CUDA_VISIBLE_DEVICES they count in its list, as the ranks' do."""
     python: Folder = Path(".venv-sglang/bin/python")
     """Interpreter of the environment that SGLang is installed in (`make sglang`)."""
     args: dict[str, Any] = {}

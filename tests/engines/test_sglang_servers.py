@@ -109,13 +109,16 @@ def test_a_proxy_of_the_environment_is_not_asked(
 def test_devices_are_places_among_the_runs_own(
     inherited: str | None, devices: tuple[int, ...], number: int, size: int, wanted: str
 ) -> None:
-    assert visible_devices(inherited, devices, number=number, size=size) == wanted
+    assert visible_devices(inherited, devices, number=number, size=size, first=0) == wanted
+    if not devices and inherited is None:
+        after = visible_devices(None, (), number=number, size=size, first=4)
+        assert after == ",".join(str(4 + int(place)) for place in wanted.split(","))
 
 
 def test_a_device_that_the_run_does_not_have_is_named() -> None:
     says = "launch.devices: server 1 is to have GPU 2, and CUDA_VISIBLE_DEVICES=4,5 leaves the run 2, counted"
     with pytest.raises(ServerFailed, match=says):
-        visible_devices("4,5", (), number=1, size=2)
+        visible_devices("4,5", (), number=1, size=2, first=0)
 
 
 # --- stand-ins for SGLang's interpreter ---------------------------------------------------------------

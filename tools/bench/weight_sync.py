@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
-    sglang = SGLangConfig(launch=LaunchConfig(python=args.python))
+    sglang = SGLangConfig(launch=LaunchConfig(python=args.python, devices=(0,)))
     fleet = Fleet(sglang, groups, model_path=folder, dtype=args.dtype, log_folder=folder / "servers")
     engine = SGLangEngine(
         fleet,

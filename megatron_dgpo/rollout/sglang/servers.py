@@ -166,6 +166,7 @@ class ServerProcess:
                 self._launch.devices,
                 number=self._number,
                 size=self._launch.tensor_parallel_size,
+                first=int(os.environ.get("LOCAL_WORLD_SIZE", 1)),  # the ranks have those below
             )
         return env
 
@@ -257,16 +258,19 @@ def _session_of(pid: int) -> int | None:
         return None
 
 
-def visible_devices(inherited: str | None, devices: Sequence[int], *, number: int, size: int) -> str:
+def visible_devices(
+    inherited: str | None, devices: Sequence[int], *, number: int, size: int, first: int
+) -> str:
     """CUDA_VISIBLE_DEVICES of server `number`, which has `size` GPUs.
 
     Args:
         inherited: the run's own; a cluster's scheduler sets it, and then names only what is the run's.
-        devices: of all servers in turn, as places in that list; none: from 0 up.
+        devices: of all servers in turn, as places in that list; none: from `first` up.
 
     Raises ServerFailed for a place that the list does not have.
     """
-    places = (devices or range((number + 1) * size))[number * size : (number + 1) * size]
+    start = number * size
+    places = list(devices[start : start + size] or range(first + start, first + start + size))
     if inherited is None:
         return ",".join(map(str, places))
     names = [name.strip() for name in inherited.split(",") if name.strip()]
