@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_algorithm_variants import DEFAULTS, make
 
-CASES = settings(max_examples=60, deadline=None, derandomize=True, database=None)
+CASES = settings(max_examples=60)
 REWARD = st.one_of(st.none(), st.sampled_from([0.0, 1.0, 0.5]), st.floats(-10, 10, width=32))
 GROUP = st.lists(REWARD, min_size=2, max_size=12)
 ALGORITHMS = [name for name in (*DEFAULTS, "dgpo", "grpo")]

@@ -15,7 +15,7 @@ from megatron_dgpo.algorithms.credit import credit_weights
 from megatron_dgpo.ops import token_stats
 from megatron_dgpo.ops.shards import merge_shards
 
-CASES = settings(max_examples=30, deadline=None, derandomize=True, database=None)
+CASES = settings(max_examples=30)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
