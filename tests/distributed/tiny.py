@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_dgpo import platform
@@ -179,6 +180,15 @@ def split(c: Any) -> Iterator[platform.Groups]:
         yield groups
     finally:
         parallel_state.destroy_model_parallel()
+    _end_groups()
+
+
+def _end_groups() -> None:
+    """End every process group but the world: gloo has threads for each, which wake a hundred times a second,
+    and after some dozens of splits ranks would do nothing else."""
+    dist.barrier()  # nobody is in one of them
+    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
 
 
 def sequences(seed: int = 5, count: int = 9) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
