@@ -68,10 +68,12 @@ class Scale:
     cold_starts: int = 3
     main_seeds: int = 9
     ablation_seeds: int = 5
+    critic_seeds: int = 3
+    """Of PPO, which is in no comparison of scores: its critic and its cost are shown."""
     steps: int = 30
     samples_per_problem: int = 32
     timed_rounds: int = 3
-    timed_steps: int = 12
+    timed_steps: int = 8
     sft_words: tuple[str, ...] = ()
     prompts_per_step: int = 32
     samples_per_prompt: int = 8
@@ -89,6 +91,10 @@ class Scale:
     def tuning_seeds(self) -> range:
         return range(101, 101 + self.ablation_seeds)
 
+    @property
+    def critics(self) -> range:
+        return self.tuning_seeds[: self.critic_seeds]
+
     def cold_start(self, seed: int) -> int:
         """The cold start of a seed: each has nearly the same number of seeds."""
         return seed % self.cold_starts + 1
@@ -96,7 +102,8 @@ class Scale:
     def first_runs(self) -> list[Run]:
         """Everything that does not depend on the tau that is tuned in it."""
         main = [Run(arm, seed) for seed in self.seeds for arm in MAIN]
-        return main + [Run(arm, seed) for seed in self.tuning_seeds for arm in ABLATIONS]
+        others = [Run(arm, seed) for seed in self.tuning_seeds for arm in ABLATIONS]
+        return main + [run for run in others if run.arm != PPO or run.seed in self.critics]
 
     def tuned_runs(self, tau: str) -> list[Run]:
         return [Run(tau_arm(tau), seed) for seed in self.seeds]
