@@ -15,7 +15,8 @@ from megatron_dgpo.config import SGLangConfig, SyncConfig
 from megatron_dgpo.rollout.engine import SamplingParams
 from megatron_dgpo.types import Prompt, Sample
 
-TOKENS = 56
+TOKENS = 54
+"""With the prompts, what SGLang leaves of the model's 64 positions."""
 STOPS = (2, 5)
 """So that responses have different lengths, and some are always half done."""
 
@@ -62,7 +63,10 @@ def _drawn(trainer: Trainer) -> list[Sample]:
 
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(trainer.engine.generate, prompts, params, on_progress=on_progress)
-        assert begun.wait(60)
+        drawing.add_done_callback(lambda _: begun.set())  # or it failed
+        assert begun.wait(100)
+        if drawing.done():
+            drawing.result()
         trainer.sync.push(2)
         return [s for g in drawing.result(120) if g is not None for s in g.samples]
 
