@@ -17,7 +17,7 @@ STAMP := $(VENV)/.installed
 SGLANG := .venv-sglang
 SGLANG_STAMP := $(SGLANG)/.installed
 # Files of tests side by side, in their order: the long ones come early. (make test PYTEST_ARGS= : one by one)
-PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 

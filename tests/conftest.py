@@ -34,13 +34,3 @@ def _ending_at_once_fails(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(os, "_exit", end)
     yield
-
-
-@pytest.hookimpl(wrapper=True)  # before pytest-xdist's own, which reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """What shares fixtures runs in one process, where tests are run side by side: a file's tests, and all
-    that use the servers of tests/engines/conftest.py."""
-    for item in items:
-        shared = "servers" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("servers" if shared else item.path.stem))
-    yield
