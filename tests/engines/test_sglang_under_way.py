@@ -17,11 +17,14 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(
     folders: dict[str, Path], servers: dict[str, ServerProcess]
 ) -> None:
     given = folders["qwen3"], servers["qwen3"].url, ("retract", "abort")
-    for seen in run_ranks(flight_ranks.sync_while_drawing, 2, *given, timeout=300):
+    ranks = run_ranks(flight_ranks.sync_while_drawing, 2, *given, timeout=300)
+    for seen in ranks:
         for way, samples in seen.items():
             assert samples["complete"] and len(samples["spans"]) == 8 * 48, way
-            assert samples["versions"] == [1, 2], way
             assert samples["difference"] <= 1e-4, (way, samples["difference"])
-        # Some were half done, and went on under the new weights, or began again.
-        assert max(seen["retract"]["spans"]) == 2
-        assert set(seen["abort"]["spans"]) == {1}
+        assert set(seen["abort"]["spans"]) == {1}  # what was half done began again
+    for way in ("retract", "abort"):
+        assert {v for seen in ranks for v in seen[way]["versions"]} == {1, 2}, way
+    # What was half done went on under the new weights. A rank that waits for the other's sync may have all
+    # of its samples by then; the one that comes last has not.
+    assert max(max(seen["retract"]["spans"]) for seen in ranks) == 2
