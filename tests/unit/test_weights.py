@@ -224,5 +224,5 @@ def test_a_folder_is_read_from_one_file_or_several(tmp_path):
     (split / "model-1.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="model-1.safetensors"):
         folder_source(split)
-    with pytest.raises(FileNotFoundError, match="no model.safetensors"):
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
         folder_source(tmp_path / "nothing")
