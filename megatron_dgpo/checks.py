@@ -135,7 +135,7 @@ def _sglang(config: Config, world_size: int) -> Iterator[str]:
 def _places(config: Config, given: list[str], world_size: int) -> Iterator[str]:
     """Who can reach whom: `given` are the keys that name servers, none where the run starts them."""
     c = config.rollout.sglang
-    on_this = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    on_this = local_world_size(world_size)
     urls = [url for url in (*c.urls, c.router) if url.startswith("http")]
     near = [url for url in urls if _is_loopback(urlsplit(url).hostname or "")]
     far = [url for url in urls if url not in near]
