@@ -204,9 +204,14 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
 
 def make(out: Path, *, seed: int, traces: int, train_prompts: int, heldout_prompts: int) -> None:
     """Write all files into `out`, which appears once they are complete; equal arguments give equal
-    files."""
+    files. What this wrote before is replaced.
+
+    Raises ValueError for a folder that holds anything else.
+    """
     final, out = out, out.with_name(out.name + ".partial")
     for old in (out, final):
+        if old.exists() and any(old.iterdir()) and not (old / "sft.jsonl").is_file():
+            raise ValueError(f"{old} is there and was not written by this script; choose another folder")
         shutil.rmtree(old, ignore_errors=True)
     out.mkdir(parents=True)
     teacher = Teacher(random.Random(f"{seed} teacher"))
@@ -236,13 +241,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("traces", "train_prompts", "heldout_prompts"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1")
-    make(
-        arguments.out,
-        seed=arguments.seed,
-        traces=arguments.traces,
-        train_prompts=arguments.train_prompts,
-        heldout_prompts=arguments.heldout_prompts,
-    )
+    try:
+        make(
+            arguments.out,
+            seed=arguments.seed,
+            traces=arguments.traces,
+            train_prompts=arguments.train_prompts,
+            heldout_prompts=arguments.heldout_prompts,
+        )
+    except (ValueError, OSError) as error:
+        parser.error(f"--out: {error}")
 
 
 if __name__ == "__main__":

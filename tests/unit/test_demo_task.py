@@ -88,6 +88,20 @@ def test_equal_seeds_give_equal_files_in_another_process(folder, tmp_path):
 STEP = re.compile(r"(so|now|then) ([a-z])=([a-z])([*+-])(\d)=(\d)\4\5=(\d);")
 
 
+@pytest.mark.parametrize("name", ["data", "data.partial"])
+def test_a_folder_of_others_is_refused_and_kept(name, make_data, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("mine")
+    few = ["--traces", "2", "--train-prompts", "2", "--heldout-prompts", "2"]
+    with pytest.raises(SystemExit):
+        make_data.main(["--out", str(tmp_path / "data"), *few])
+    assert f"{tmp_path / name} is there and was not written by this script" in capsys.readouterr().err
+    assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+    (tmp_path / name / "thesis.tex").unlink()
+    for _ in range(2):  # what it wrote itself is replaced
+        make_data.main(["--out", str(tmp_path / "data"), *few])
+
+
 def test_the_teacher_errs_as_often_as_it_should(make_data):
     teacher = make_data.Teacher(random.Random(0))
     assert len(teacher.bad_facts) == 100 * make_data.BAD_FACT_SHARE
