@@ -263,7 +263,7 @@ class Evaluator:
 
 
 def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
-    """Means over all data-parallel replicas, the same on every rank.
+    """Means and maxima over all data-parallel replicas, the same on every rank.
 
     One rank a replica has seen the loss; the others' sums repeat it and are left out.
     """
@@ -271,15 +271,21 @@ def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
     for part in platform.gather_objects(sums.on_host() if groups.speaks_for_tokens else None, groups.world):
         if part is not None:
             merged.merge(part)
-    return merged.means()
+    return merged.values()
 
 
-def peak_memory_bytes(groups: platform.Groups) -> int:
-    """Peak resident memory of all ranks together."""
+def peak_memory(groups: platform.Groups) -> dict[str, int]:
+    """Since the start, in bytes: the resident memory of all ranks together, and with GPUs what the fullest of
+    them had allocated."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit], device=groups.device)
     dist.all_reduce(peak, group=groups.world)
-    return int(peak.item())
+    found = {"memory/peak_rss_bytes": int(peak.item())}
+    if platform.has_gpu():
+        peak.fill_(torch.cuda.max_memory_allocated(groups.device))
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
+        found["memory/peak_gpu_bytes"] = int(peak.item())
+    return found
 
 
 def finish(

@@ -142,10 +142,10 @@ def test_sums_over_ranks_give_the_mean_over_all_values() -> None:
     for sums in ranks:
         merged.merge(pickle.loads(pickle.dumps(sums.on_host())))  # as it travels between ranks
     expected = {"only_here": 4.0, "reward": 4 / 6, "tokens": 6.0}
-    assert merged.means() == pytest.approx(expected, abs=1e-15)
+    assert merged.values() == pytest.approx(expected, abs=1e-15)
     assert b"torch" not in pickle.dumps(ranks[1].on_host())
     merged.add("nothing", 0.0, 0)
-    assert "nothing" not in merged.means()
+    assert "nothing" not in merged.values()
 
 
 def test_timer_accumulates_nests_and_resets() -> None:
