@@ -100,6 +100,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
         console.log(f"asked to stop after step {state.step}; go on with --resume")
     else:
         finish(config, trainer.policy, folder, state, console, time.perf_counter() - started)
+    folder.close()
     trainer.close()
 
 
@@ -239,11 +240,13 @@ class Trainer:
         if self.gap is not None:
             metrics["sync_log_prob_gap"] = self.gap.mean
         metrics |= peak_memory(self.groups)
-        folder.write_metrics(state.step, metrics, "train")
+        advisories = folder.write_metrics(state.step, metrics, "train")
         if self.groups.rank == 0 and (wanted := self.config.observe.samples_per_step):
             n = self.config.train.samples_per_prompt
             SampleWriter(folder.path).write(state.step, rollout.groups[: max(1, wanted // n)])
         self.console.step_line(state.step, self.config.train.steps, metrics)
+        for advisory in advisories:
+            self.console.log(advisory.line)
 
     def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:
         step, every = state.step, self.config.evaluation.every
