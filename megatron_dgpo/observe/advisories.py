@@ -107,8 +107,8 @@ def _log_prob_gap_growing(s: Series, floor: float) -> Finding | None:
         return None
     return (
         f"the engine's log-probs are {now:.2g} nats from the trainer's in the mean, {early:.2g} at the start",
-        "compare sync_log_prob_gap and staleness, the engine's precision and its sampling; algorithm.tis_cap = "
-        "2.0 weighs tokens by how far the two are apart",
+        "compare sync_log_prob_gap and staleness, the engine's precision and its sampling; "
+        "algorithm.tis_cap = 2.0 weighs tokens by how far the two are apart",
     )
 
 
