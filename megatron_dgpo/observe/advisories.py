@@ -2,7 +2,7 @@
 
 A rule looks at the training rows so far and nothing else (`advise`), so that a resumed run raises what the
 uninterrupted one does. It is raised once an episode: when it begins to hold, and again only after it has
-not held for `WINDOW` steps.
+not held for `REST` steps.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ FILE = "advisories.jsonl"
 
 WINDOW = 5
 """Steps that a rule looks at: one batch may be odd, and after five little of a run is lost."""
+REST = 2 * WINDOW
+"""Steps that end an episode: one batch in which all is well does not."""
 EARLY = 5
 """The first steps of a run, which growth and collapse are measured against: its own start."""
 UNIFORM_FRACTION = 0.995
@@ -171,7 +173,7 @@ class _State:
     def __init__(self, rule: Rule) -> None:
         self.rule = rule
         self.series: dict[str, list[float]] = {name: [] for name in rule.metrics}
-        self.quiet = WINDOW
+        self.quiet = REST
         """Steps since it last held."""
 
     def add(self, row: Mapping[str, Any], gap_floor: float) -> Finding | None:
@@ -185,7 +187,7 @@ class _State:
         if len(self.series[self.rule.metrics[0]]) < self.rule.steps:
             return None
         found = self.rule.finding(self.series, gap_floor)
-        begins = found is not None and self.quiet >= WINDOW
+        begins = found is not None and self.quiet >= REST
         self.quiet = self.quiet + 1 if found is None else 0
         return found if begins else None
 

@@ -47,14 +47,16 @@ class WandbRun:
                 dir=str(folder),
                 config=dict(config),
                 resume="allow",
-                # The terminal and the files of code are none of its business.
-                settings=wandb.Settings(console="off", disable_git=True, finish_timeout=_FINISH_SECONDS),
+                # The terminal and the code are none of its business.
+                settings=wandb.Settings(
+                    console="off", quiet=True, disable_git=True, finish_timeout=_FINISH_SECONDS
+                ),
             )
             for phase in ("train", "eval"):
                 self._run.define_metric(f"{phase}/*", step_metric="step")
         except wandb.errors.UsageError as error:
             raise ValueError(
-                f"observe.wandb_project: {error} (or set WANDB_MODE=offline, to send it later)"
+                f"observe.wandb_project: {str(error).rstrip('.')}, or set WANDB_MODE=offline to send it later"
             ) from error
         except Exception as error:
             self._give_up(error)
