@@ -1,6 +1,6 @@
 """How far credit departs from uniform: what a micro-batch's weights say of its responses.
 
-Shape suffixes: T packed tokens, S packed sequences, C counted tokens in the order of their sequences.
+Shape suffixes: T packed tokens, S packed sequences.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def credit_spread(
     - ..._right, ..._wrong: the fraction and the top 10% of responses with an advantage above and below 0
       (PPO, which has rewards there: a reward above and below 0). An advantage of 0 is neither.
 
-    cp_group: each sequence's tokens are spread over these ranks; one gather joins them, and all ranks return
-    the same.
+    weights_T: float32, 0 outside the loss mask. cp_group: each sequence's tokens are spread over these
+    ranks; one gather joins them, and all ranks return the same.
     """
     ids_T = segment_ids(batch.cu_seqlens, batch.num_tokens)
     rows = torch.stack([weights_T.double(), batch.positions_T.double(), batch.loss_mask_T.double()])
@@ -47,12 +47,13 @@ def credit_spread(
     counted_S = count_S > 0
     sorted_T, ids_sorted_T = _heaviest_first(w_T * one_T, ids_T)
     fraction_S = effective_fraction(total_S, square_S, count_S)
+    greatest_S = w_T.new_zeros(num_sequences).scatter_reduce_(0, ids_T, w_T * one_T, "amax")
     top10_S = _top_share(sorted_T, ids_sorted_T, count_S, total_S, 10)
     correlation_S, exists_S = _correlation(w_T, position_T, one_T, ids_T, sums)
     metrics: Metrics = {
         "credit_weight_variance": ((w_T - 1.0).square().mul(one_T).sum(), one_T.sum()),
         "credit_effective_fraction": _mean(fraction_S, counted_S),
-        "credit_weight_max": _mean(_segment_max(w_T * one_T, ids_T, num_sequences), counted_S),
+        "credit_weight_max": _mean(greatest_S, counted_S),
         "credit_top1_share": _mean(_top_share(sorted_T, ids_sorted_T, count_S, total_S, 100), counted_S),
         "credit_top10_share": _mean(top10_S, counted_S),
         "credit_position_correlation": _mean(correlation_S, exists_S),
@@ -65,11 +66,6 @@ def credit_spread(
 
 def _mean(values_S: torch.Tensor, on_S: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(on_S, values_S, torch.zeros_like(values_S)).sum(), on_S.sum()
-
-
-def _segment_max(values_T: torch.Tensor, ids_T: torch.Tensor, num_sequences: int) -> torch.Tensor:
-    """(S,) of values that are at least 0; 0 for a sequence without any."""
-    return values_T.new_zeros(num_sequences).scatter_reduce_(0, ids_T, values_T, "amax")
 
 
 def _heaviest_first(w_T: torch.Tensor, ids_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,10 +98,6 @@ def _correlation(
     dp_T = (position_T - (position_S / count_S)[ids_T]) * one_T
     products = segment_sums(torch.stack([dw_T * dp_T, dw_T.square(), dp_T.square()]), ids_T, n)
     covariance_S, w_variance_S, p_variance_S = products.unbind(0)
-    # Equal weights differ from their computed mean by its rounding, so they are told by their extremes.
-    greatest_S = _segment_max(w_T * one_T, ids_T, n)
-    least_S = w_T.new_full((n,), torch.inf).scatter_reduce_(
-        0, ids_T, torch.where(one_T > 0, w_T, torch.full_like(w_T, torch.inf)), "amin"
-    )
-    exists_S = (count_S > 1) & (greatest_S > least_S)
+    # float32 weights add up without rounding in float64, so that equal ones have exactly no variance.
+    exists_S = (count_S > 1) & (w_variance_S > 0)
     return covariance_S / (w_variance_S * p_variance_S).sqrt(), exists_S

@@ -12,6 +12,7 @@ from test_credit_cp import LENGTHS, data, share
 
 from megatron_dgpo.algorithms.credit import credit_weights
 from megatron_dgpo.algorithms.quantiles import quantiles
+from megatron_dgpo.algorithms.segments import gather_over
 from megatron_dgpo.algorithms.spread import credit_spread
 from megatron_dgpo.types import PackedBatch
 
@@ -49,6 +50,13 @@ def work(rank, world_size):
     if world_size == 2:
         where, cu = share(rank, world_size)
         tokens = [x[where] for x in (*data(), places())]
+        ids = torch.arange(len(cu) - 1).repeat_interleave(cu.diff())
+        rows, ids = gather_over(where.double().unsqueeze(0), ids, dist.group.WORLD)
+        # The longer rank's tokens are padded by none, the shorter one's padding is gone again.
+        assert sorted(rows[0].tolist()) == list(range(sum(LENGTHS)))
+        assert torch.equal(
+            ids, torch.arange(len(LENGTHS)).repeat_interleave(torch.tensor(LENGTHS))[rows[0].long()]
+        )
         spread = credit_spread(*batch(*tokens, cu, dist.group.WORLD), dist.group.WORLD)
     return found, calls, spread
 

@@ -38,7 +38,7 @@ def random_weights(seed: int, sharpness: float) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(n, generator=g).mul(sharpness).softmax(0) * n for _, n in LENGTHS]
     drawn[4] = torch.ones(LENGTHS[4][1])  # all equal
-    drawn[3] = torch.full((LENGTHS[3][1],), 1 / 3)  # equal, and their mean is not representable
+    drawn[3] = torch.full((LENGTHS[3][1],), 1 / 3)
     return drawn
 
 
