@@ -28,7 +28,7 @@ from megatron_dgpo.config.algorithms import PRESETS
 from megatron_dgpo.plan import plan
 
 C = TypeVar("C", Config, SFTConfig)
-SHORT_NAMES = {"resume": "run.resume"}
+SHORT_NAMES = {"resume": "run.resume", "quiet": "run.quiet"}
 ExtraCheck = Callable[[Any], Iterable[str]]
 """A check that only the caller can make (it needs Megatron, say): problems as "key: message"."""
 Inspect = Callable[[Any], Iterable[str]]
@@ -343,10 +343,11 @@ def help_text(schema: type[BaseModel]) -> str:
     module = "train" if schema is Config else "sft"
     lines = [
         f"usage: torchrun --nproc-per-node N -m megatron_dgpo.{module} CONFIG.toml [MORE.toml ...]",
-        "                [--section.key VALUE ...] [--resume] [--dry-run] [--help]",
+        "                [--section.key VALUE ...] [--resume] [--quiet] [--dry-run] [--help]",
         "",
         "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
         "--resume goes on from the last checkpoint in run.folder (short for --run.resume).",
+        "--quiet prints results only, for logs (short for --run.quiet).",
         "--dry-run makes every check, prints the resolved config and the plan, and stops. WORLD_SIZE=N in",
         "the environment stands for N processes; weights, tokenizer and data need not be there, but data",
         "that are there are read.",

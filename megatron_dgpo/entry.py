@@ -50,7 +50,7 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
     return load_or_exit(
         argv,
         schema,
-        extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm),
+        extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm, _wandb),
         inspect=_data_there,
     )
 
@@ -151,6 +151,11 @@ def _algorithm(config: AnyConfig) -> Iterator[str]:
             f"algorithm.name: {config.algorithm.name} needs a critic, whose settings are those of 'ppo' "
             "alone; set needs_critic = False, or use 'ppo'"
         )
+
+
+def _wandb(config: AnyConfig) -> Iterator[str]:
+    if config.observe.wandb_project and importlib.util.find_spec("wandb") is None:
+        yield "observe.wandb_project: needs the package wandb (pip install wandb)"
 
 
 MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)

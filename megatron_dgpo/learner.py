@@ -17,6 +17,8 @@ from torch import Tensor
 
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import Algorithm
+from megatron_dgpo.algorithms.batch import only
+from megatron_dgpo.algorithms.quantiles import PERCENTS, quantiles
 from megatron_dgpo.data import PackItem, pack
 from megatron_dgpo.mcore.policy import Frozen, NonFiniteUpdate, Policy, pad_for_sequence_parallel
 from megatron_dgpo.observe.meters import Sums
@@ -99,7 +101,8 @@ class Learner:
     def prepare(self, minibatches: Sequence[MiniBatch]) -> Sums:
         """Old log-probs, reference statistics and credit, once per rollout batch.
 
-        Returns the gap between the engine's log-probs and the trainer's.
+        Returns the gap between the engine's log-probs and the trainer's, and the quantiles of entropy and
+        distance.
         """
         batches = [b for m in minibatches for b in m.batches]
         if self.algorithm.needs_reference:
@@ -113,6 +116,8 @@ class Learner:
         self.algorithm.settle(batches, self.policy.groups.dp)
         for minibatch in minibatches:
             sums.add("packing_imbalance", minibatch.imbalance)
+        if self.policy.groups.speaks_for_tokens:
+            sums.merge(feature_quantiles(batches, self.policy.groups.dp))
         return sums
 
     def _rollout_features(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums) -> None:
@@ -121,8 +126,9 @@ class Learner:
         if not self.algorithm.update_needs_reference:
             batch.features.pop("reference_hidden", None)
         engine = batch.features["engine_log_probs"]
-        gap = (stats.log_probs - engine)[batch.loss_mask_T].abs().double()
-        sums.add("log_prob_gap", gap.sum(), gap.numel())
+        gap_T = only((stats.log_probs - engine).abs().double(), batch.loss_mask_T)
+        sums.add("log_prob_gap", gap_T.sum(), batch.loss_mask_T.sum())
+        sums.add_max("log_prob_gap_max", gap_T.max())
 
     def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path) -> Sums:
         """One optimizer step.
@@ -161,6 +167,22 @@ class Learner:
             temperature=self.temperature,
             reference_hidden=None if cached is None else cached.to(hidden.device, non_blocking=True),
         )
+
+
+def feature_quantiles(batches: Sequence[PackedBatch], group: dist.ProcessGroup) -> Sums:
+    """Quantiles of entropy and of the distance to the reference, where there is one, over the response tokens
+    of the rollout batch on all replicas, under the policy that starts its updates.
+
+    Collective over `group`, the data-parallel ranks, each of which has micro-batches. For what it costs see
+    `quantiles`; it is taken once a rollout batch, not at every update.
+    """
+    names = [name for name in ("entropy", "hellinger") if name in batches[0].features]
+    values = [torch.cat([b.features[name][b.loss_mask_T] for b in batches]) for name in names]
+    sums = Sums()
+    for name, found in zip(names, quantiles(values, PERCENTS, group) if names else [], strict=True):
+        for percent, value in zip(PERCENTS, found, strict=False):  # none without a token
+            sums.add(f"{name}_p{percent}", value)
+    return sums
 
 
 def policy_stats(

@@ -8,7 +8,7 @@ import math
 import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,10 +28,14 @@ from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.mcore.value import ValueModel
+from megatron_dgpo.observe.advisories import FILE as ADVISORIES
+from megatron_dgpo.observe.advisories import GAP_FLOORS, Advisory, AdvisoryWriter
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
-from megatron_dgpo.observe.metrics import MetricsWriter
+from megatron_dgpo.observe.metrics import FILE as METRICS
+from megatron_dgpo.observe.metrics import MetricsWriter, read_metrics
 from megatron_dgpo.observe.run_info import write_versions
+from megatron_dgpo.observe.wandb_run import WandbRun
 from megatron_dgpo.rewards import Reward
 from megatron_dgpo.rollout.collect import Recover, collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
@@ -96,14 +100,37 @@ class RunFolder:
         )
         self.hf = self.path / "hf"
         self.metrics: MetricsWriter | None = None
+        self.advisories: AdvisoryWriter | None = None
         if groups.rank == 0:
             (self.path / "config.toml").write_text(dump_toml(config))
             write_versions(self.path)
-            self.metrics = MetricsWriter(self.path, tensorboard=config.observe.tensorboard)
+            sinks, wandb = config.observe, None
+            if sinks.wandb_project:
+                wandb = WandbRun(self.path, sinks.wandb_project, config.model_dump(mode="json"))
+            self.metrics = MetricsWriter(self.path, tensorboard=sinks.tensorboard, wandb=wandb)
+            if isinstance(config, Config):
+                self.advisories = AdvisoryWriter(self.path, GAP_FLOORS[config.model.params_dtype])
 
-    def write_metrics(self, step: int, values: dict[str, float], phase: str) -> None:
+    def begin_after(self, step: int, *, evaluated: bool = True) -> None:
+        """Keep what a run that goes on from `step` does not write again (see `truncate_after`)."""
+        if self.metrics is None:
+            return
+        self.metrics.truncate_after(step, evaluated=evaluated)
+        if self.advisories is not None:
+            self.advisories.restart(read_metrics(self.path, "train"))
+
+    def write_metrics(self, step: int, values: dict[str, float], phase: str) -> list[Advisory]:
+        """Returns the advisories that a row of training begins, on the rank that writes."""
+        if self.metrics is None:
+            return []
+        self.metrics.write(step, values, phase=phase)  # type: ignore[arg-type]
+        if self.advisories is None or phase != "train":
+            return []
+        return self.advisories.add({"step": step, **values})
+
+    def close(self) -> None:
         if self.metrics is not None:
-            self.metrics.write(step, values, phase=phase)  # type: ignore[arg-type]
+            self.metrics.close()
 
 
 def restore_or_start(
@@ -112,13 +139,11 @@ def restore_or_start(
     """The state of the newest complete checkpoint, loaded into the policy, or a fresh one."""
     latest = folder.checkpoints.latest() if resume else None
     if latest is None:
-        if folder.metrics is not None:
-            folder.metrics.truncate_after(-1)
+        folder.begin_after(-1)
         return RunState()
     restore(policy, latest, critic)
     state = RunState.from_json(latest.state)
-    if folder.metrics is not None:
-        folder.metrics.truncate_after(latest.step, evaluated=str(latest.step) in state.evaluations)
+    folder.begin_after(latest.step, evaluated=str(latest.step) in state.evaluations)
     console.log(f"resumed from {latest.path}: {latest.step} steps done")
     return state
 
@@ -263,7 +288,7 @@ class Evaluator:
 
 
 def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
-    """Means over all data-parallel replicas, the same on every rank.
+    """Means and maxima over all data-parallel replicas, the same on every rank.
 
     One rank a replica has seen the loss; the others' sums repeat it and are left out.
     """
@@ -271,15 +296,21 @@ def merge_over_ranks(sums: Sums, groups: platform.Groups) -> dict[str, float]:
     for part in platform.gather_objects(sums.on_host() if groups.speaks_for_tokens else None, groups.world):
         if part is not None:
             merged.merge(part)
-    return merged.means()
+    return merged.values()
 
 
-def peak_memory_bytes(groups: platform.Groups) -> int:
-    """Peak resident memory of all ranks together."""
+def peak_memory(groups: platform.Groups) -> dict[str, int]:
+    """Since the start, in bytes: the resident memory of all ranks together, and with GPUs what the fullest of
+    them had allocated."""
     unit = 1 if sys.platform == "darwin" else 1024
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit], device=groups.device)
     dist.all_reduce(peak, group=groups.world)
-    return int(peak.item())
+    found = {"memory/peak_rss_bytes": int(peak.item())}
+    if platform.has_gpu():
+        peak.fill_(torch.cuda.max_memory_allocated(groups.device))
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=groups.world)
+        found["memory/peak_gpu_bytes"] = int(peak.item())
+    return found
 
 
 def finish(
@@ -313,8 +344,21 @@ def finish(
         [
             {"what": "steps", "value": str(state.step)},
             {"what": "time", "value": f"{seconds:.0f} s (since the last start)"},
-            {"what": "metrics", "value": str(folder.path / "metrics.jsonl")},
-            {"what": "checkpoints", "value": str(folder.checkpoints.folder)},
-        ]
-        + ([{"what": "policy (HF)", "value": str(folder.hf)}] if config.checkpoint.export_hf else []),
+            *({"what": what, "value": value} for what, value in _what_to_open(config, folder)),
+        ],
     )
+
+
+def _what_to_open(config: AnyConfig, folder: RunFolder) -> Iterator[tuple[str, str]]:
+    yield "metrics", str(folder.path / METRICS)
+    if folder.advisories is not None and folder.advisories.raised:
+        names = dict.fromkeys(advisory.name for advisory in folder.advisories.raised)
+        yield "advisories", f"{', '.join(names)}: {folder.path / ADVISORIES}"
+    if isinstance(config, Config):
+        if config.observe.samples_per_step:
+            yield "samples", str(folder.path / "samples")
+        yield "credit, in one page", f"python tools/credit_report.py {folder.path}"
+        yield "all runs, in a browser", f"python -m megatron_dgpo.observe.inspect {folder.path.parent}"
+    yield "checkpoints", str(folder.checkpoints.folder)
+    if config.checkpoint.export_hf:
+        yield "policy (HF)", str(folder.hf)

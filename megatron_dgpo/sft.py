@@ -93,11 +93,13 @@ def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:
                 folder.checkpoints.save(policy, state.to_json(groups, config.evaluation.k))
             if stopping and not last:
                 console.log(f"asked to stop after step {state.step}; go on with --resume")
+                folder.close()
                 return
     if data.heldout and str(state.step) not in state.evaluations:
         evaluate(config, groups, policy, data, folder, state, console)
         folder.checkpoints.rewrite_state(state.to_json(groups, config.evaluation.k))
     finish(config, policy, folder, state, console, time.perf_counter() - started)
+    folder.close()
 
 
 def batch_of_step(

@@ -41,7 +41,7 @@ from megatron_dgpo.run import (
     build_policy,
     finish,
     merge_over_ranks,
-    peak_memory_bytes,
+    peak_memory,
     restore_or_start,
 )
 from megatron_dgpo.types import Group, Prompt
@@ -100,6 +100,7 @@ def run(config: Config, groups: platform.Groups, data: Data) -> None:
         console.log(f"asked to stop after step {state.step}; go on with --resume")
     else:
         finish(config, trainer.policy, folder, state, console, time.perf_counter() - started)
+    folder.close()
     trainer.close()
 
 
@@ -233,18 +234,19 @@ class Trainer:
         if self.config.rollout.dynamic_sampling or self.config.rollout.oversampling > 1:
             for name, value in rollout.tally.metrics().items():
                 sums.add(name, value)
-        if self.config.train.async_steps:
-            sums.merge(staleness(rollout.groups, state.step - 1))
+        sums.merge(staleness(rollout.groups, state.step - 1))
         metrics = merge_over_ranks(sums, self.groups) | self.timer.pop()
         metrics["tokens_per_second"] = metrics["response_tokens"] / metrics["time/step"]
         if self.gap is not None:
             metrics["sync_log_prob_gap"] = self.gap.mean
-        metrics["memory/peak_rss_bytes"] = peak_memory_bytes(self.groups)
-        folder.write_metrics(state.step, metrics, "train")
+        metrics |= peak_memory(self.groups)
+        advisories = folder.write_metrics(state.step, metrics, "train")
         if self.groups.rank == 0 and (wanted := self.config.observe.samples_per_step):
             n = self.config.train.samples_per_prompt
             SampleWriter(folder.path).write(state.step, rollout.groups[: max(1, wanted // n)])
         self.console.step_line(state.step, self.config.train.steps, metrics)
+        for advisory in advisories:
+            self.console.log(advisory.line)
 
     def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:
         step, every = state.step, self.config.evaluation.every
@@ -283,6 +285,7 @@ def rollout_sums(groups: Sequence[Group], replicas: int) -> Sums:
         sums.add(f"reward/{name}", sum(parts), len(parts))
     sums.add("reward_failed", len(samples) - len(scored), len(samples))
     sums.add("response_length", sum(len(s.token_ids) for s in samples), len(samples))
+    sums.add_max("response_length_max", max((len(s.token_ids) for s in samples), default=0))
     sums.add("response_tokens", sum(len(s.token_ids) for s in samples), 1 / replicas)
     sums.add("truncated", sum(s.finish_reason == "length" for s in samples), len(samples))
     for group in groups:

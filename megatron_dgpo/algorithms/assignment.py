@@ -12,15 +12,15 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo.algorithms.batch import Metrics, feature, masked_mean
+from megatron_dgpo.algorithms.batch import Metrics, feature
 from megatron_dgpo.algorithms.credit import (
     check_credit,
     credit_scores,
-    effective_fraction,
     spread_credit,
 )
 from megatron_dgpo.algorithms.schedules import scheduled
 from megatron_dgpo.algorithms.segments import segment_ids, segment_sums, sum_over
+from megatron_dgpo.algorithms.spread import credit_spread
 from megatron_dgpo.types import PackedBatch, TokenStats
 
 DISTANCES = ("hellinger", "reverse_kl")
@@ -194,20 +194,10 @@ class DistributionCredit(Credit):
 
     @torch.no_grad()
     def metrics(self, weights_T: torch.Tensor, batch: PackedBatch) -> Metrics:
-        """The spread of w. Its mean over a response is 1, so the square root of
-        credit_weight_variance is its standard deviation."""
-        w_T, mask_T = weights_T.double(), batch.loss_mask_T
-        ids_T = segment_ids(batch.cu_seqlens, batch.num_tokens)
-        rows = torch.stack([w_T, w_T.square(), mask_T.double()])
-        sums = sum_over(segment_sums(rows, ids_T, batch.num_sequences), self.cp_group)
-        counted_S = sums[2] > 0
-        fraction_S = effective_fraction(*sums.unbind(0))
-        return {
-            "credit_weight_variance": masked_mean((w_T - 1.0).square(), mask_T),
-            "credit_effective_fraction": (fraction_S[counted_S].sum(), counted_S.sum()),
-            "credit_tau": (self.tau * counted_S.sum(), counted_S.sum()),
-            "credit_kappa": (self.kappa * counted_S.sum(), counted_S.sum()),
-        }
+        """The spread of w (`credit_spread`), and the settings in force."""
+        found = credit_spread(weights_T, batch, self.cp_group)
+        _, count = found["credit_effective_fraction"]
+        return found | {"credit_tau": (self.tau * count, count), "credit_kappa": (self.kappa * count, count)}
 
 
 def build_credit(config: CreditSettings, *, vocab_size: int, cp_group: dist.ProcessGroup | None) -> Credit:

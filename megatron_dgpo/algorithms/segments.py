@@ -46,3 +46,24 @@ def max_over(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Ten
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=group)
     return tensor
+
+
+def gather_over(
+    values_NT: torch.Tensor, ids_T: torch.Tensor, group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of per-token values and the tokens' sequences, of all ranks of a group, end to end in the order of
+    the ranks; None is one rank. Every rank has the same sequences."""
+    if group is None or (size := dist.get_world_size(group)) == 1:
+        return values_NT, ids_T
+    longest = max_over(torch.tensor(ids_T.shape[0], device=ids_T.device), group)
+    padding = int(longest) - ids_T.shape[0]
+    values_NT = torch.nn.functional.pad(values_NT, (0, padding))
+    ids_T = torch.nn.functional.pad(ids_T, (0, padding), value=-1)
+    values, ids = (
+        [torch.empty_like(mine) for _ in range(size)] for mine in (values_NT.contiguous(), ids_T.contiguous())
+    )
+    dist.all_gather(values, values_NT.contiguous(), group=group)
+    dist.all_gather(ids, ids_T.contiguous(), group=group)
+    all_ids = torch.cat(ids)
+    real = all_ids >= 0
+    return torch.cat(values, dim=1)[:, real], all_ids[real]

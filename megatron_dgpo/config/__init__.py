@@ -316,6 +316,9 @@ class EvaluationConfig(HeldoutConfig):
 class SinksConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard files beside metrics.jsonl."""
+    wandb_project: str = ""
+    """Send metrics to this project on Weights & Biases too (needs the package wandb; its own environment
+    variables, such as WANDB_MODE, apply); empty sends nothing."""
 
 
 class ObserveConfig(SinksConfig):

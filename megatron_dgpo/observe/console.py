@@ -13,19 +13,19 @@ from tqdm import tqdm
 _DELAY = 3.0
 """Seconds before a phase is worth a progress bar."""
 
-COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("reward", "reward", "6.3f"),
-    ("loss", "loss", "8.4f"),
-    ("entropy", "entropy", "6.3f"),
-    ("credit_effective_fraction", "eff", "5.3f"),
-    ("clip_fraction", "clip", "6.4f"),
-    ("grad_norm", "grad", "7.3f"),
-    ("response_length", "len", "6.1f"),
-    ("truncated", "trunc", "5.3f"),
-    ("tokens_per_second", "tok/s", "7.0f"),
-    ("time/step", "sec", "6.2f"),
+COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+    ("reward", "reward", 6, 3),
+    ("entropy", "ent", 5, 3),
+    ("credit_effective_fraction", "eff", 5, 3),
+    ("clip_fraction", "clip", 5, 3),
+    ("grad_norm", "grad", 5, 3),
+    ("response_length", "len", 5, 1),
+    ("truncated", "cut", 4, 2),
+    ("tokens_per_second", "tok/s", 6, 0),
+    ("time/step", "sec", 4, 2),
 )
-"""(metric, label, format) of a step's line."""
+"""(metric, label, width, most decimals) of a step's line. At 9999 steps it has 120 columns. The loss is not
+among them: a group's advantages cancel, so that it is near 0 whatever happens."""
 
 
 def set_up_logging(quiet: bool, rank: int) -> None:
@@ -48,10 +48,8 @@ class Console:
     def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """One aligned line with the metrics of `COLUMNS`; a metric that is not there shows as "-"."""
         cells = [f"step {step:{len(str(total))}d}/{total}"]
-        for name, label, form in COLUMNS:
-            width = int(form.split(".")[0])
-            value = metrics.get(name)
-            cells.append(f"{label} " + ("-".rjust(width) if value is None else f"{value:{form}}"))
+        for name, label, width, decimals in COLUMNS:
+            cells.append(f"{label} {_number(metrics.get(name), width, decimals)}")
         self.log("  ".join(cells))
 
     @contextmanager
@@ -94,6 +92,14 @@ class Console:
                 for cell, width, right in zip(line, widths, numeric, strict=True)
             )
             _print("  ".join(cells).rstrip())
+
+
+def _number(value: float | None, width: int, decimals: int) -> str:
+    """Right-aligned, with as many decimals as fit; wider where even none does."""
+    if value is None:
+        return "-".rjust(width)
+    texts = (f"{value:.{n}f}" for n in range(decimals, 0, -1))
+    return next((t for t in texts if len(t) <= width), f"{value:.0f}").rjust(width)
 
 
 def _cell(value: Any) -> str:

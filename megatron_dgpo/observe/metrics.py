@@ -1,4 +1,4 @@
-"""Metrics of every step: JSON lines, and TensorBoard when asked for."""
+"""Metrics of every step: JSON lines, and TensorBoard and W&B when asked for."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 from megatron_dgpo.observe import jsonl
+from megatron_dgpo.observe.wandb_run import WandbRun
 
 Phase = Literal["train", "eval"]
 FILE = "metrics.jsonl"
@@ -37,7 +38,8 @@ class MetricsWriter:
     Raises ImportError when TensorBoard is asked for and not installed.
     """
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool) -> None:
+    def __init__(self, folder: str | Path, *, tensorboard: bool, wandb: WandbRun | None = None) -> None:
+        self._wandb = wandb
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._path = self._folder / FILE
@@ -61,6 +63,8 @@ class MetricsWriter:
             for name in metrics:
                 self._tensorboard.add_scalar(f"{phase}/{name}", row[name], step)
             self._tensorboard.flush()
+        if self._wandb is not None:
+            self._wandb.log(phase, step, {name: row[name] for name in metrics})
 
     def truncate_after(self, step: int, *, evaluated: bool = True) -> None:
         """Drop the lines that a run which resumes from `step` writes again: those of later steps, and
@@ -78,6 +82,8 @@ class MetricsWriter:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.close()
 
     def __enter__(self) -> Self:
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.entry import claim
+from megatron_dgpo.observe.advisories import read_advisories
 from megatron_dgpo.observe.metrics import read_metrics, without_timings
 
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -31,6 +33,31 @@ SMALL = (
     *("--model.path", "{coldstart}/hf"),
 )
 """The quick start's DGPO run, made small. Two mini-batches a step: the second is off-policy."""
+
+
+STEP_METRICS = {
+    *("reward", "reward_failed", "zero_variance_groups", "truncated", "staleness", "packing_imbalance"),
+    *("response_length", "response_length_max", "response_tokens", "tokens_per_second"),
+    *("log_prob_gap", "log_prob_gap_max", "sync_log_prob_gap", "clip_fraction", "clip_low_fraction"),
+    *("loss", "grad_norm", "learning_rate", "ratio_mean", "approx_kl", "kl_reference"),
+    *("entropy", "entropy_normalized", "entropy_p10", "entropy_p50", "entropy_p90", "entropy_p99"),
+    *("hellinger", "hellinger_p10", "hellinger_p50", "hellinger_p90", "hellinger_p99"),
+    *(
+        "credit_effective_fraction",
+        "credit_weight_variance",
+        "credit_weight_max",
+        "credit_tau",
+        "credit_kappa",
+    ),
+    *("credit_top1_share", "credit_top10_share", "memory/peak_rss_bytes"),
+    *(
+        f"credit_{what}_{side}"
+        for what in ("effective_fraction", "top10_share")
+        for side in ("right", "wrong")
+    ),
+    *(f"time/{phase}" for phase in ("step", "generate", "prepare", "update", "sync")),
+}
+"""Of a DGPO run's every step; the position correlation comes when weights first differ."""
 
 
 class Workshop:
@@ -88,10 +115,25 @@ def test_run_folder_holds_what_is_needed_to_trust_it(shop: Workshop, whole: Laun
     assert max(row["log_prob_gap"] for row in train) < 1e-4
     for name in ("config.toml", "versions.json", "tensorboard", "samples"):
         assert (folder / name).exists(), name
+    for row in read_metrics(folder, "train"):
+        assert STEP_METRICS <= row.keys(), STEP_METRICS - row.keys()
+        assert all(math.isfinite(value) for name, value in row.items() if name != "phase")
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
     assert kept[-1] == "step_00000008" and not [name for name in kept if name.endswith(".partial")]
     for step in range(1, STEPS + 1):
         assert f"step {step}/{STEPS}" in whole.output.replace("step  ", "step ")
+
+
+def test_advisories_say_that_credit_is_uniform_here(shop: Workshop, whole: Launch) -> None:
+    """At the paper's tau = 1 every weight is near 1 with so small a model."""
+    folder = shop.folder / "whole"
+    found = read_advisories(folder)
+    assert [(row["name"], row["step"]) for row in found] == [("uniform_credit", 5)]
+    line = f"advisory at step 5, uniform_credit: {found[0]['message']}. Suggestion: {found[0]['suggestion']}"
+    assert line in whole.output
+    assert f"uniform_credit: {folder / 'advisories.jsonl'}" in whole.output
+    assert f"python tools/credit_report.py {folder}" in whole.output
+    assert f"python -m megatron_dgpo.observe.inspect {shop.folder}" in whole.output
 
 
 def test_exported_policy_generates_with_transformers(shop: Workshop, whole: Launch) -> None:
@@ -123,7 +165,9 @@ def test_first_step_does_not_depend_on_the_split(
     assert wanted["grad_norm"] > 0
     assert got["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
     # The advantages of a group cancel, so that the loss is near 0 and its error is measured against 1.
-    for metric in ("loss", "reward", "entropy"):
+    quantiles = [name for name in wanted if name.startswith(("entropy_p", "hellinger_p"))]
+    assert len(quantiles) == 8
+    for metric in ("loss", "reward", "entropy", "response_length_max", *quantiles):
         assert got[metric] == pytest.approx(wanted[metric], abs=1e-5), metric
 
 
@@ -137,6 +181,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(shop: Workshop, whole: Lau
         run.kill()
     shop.launch(name, "--resume").succeed()
     assert shop.rows(name) == shop.rows("whole")
+    assert read_advisories(shop.folder / name) == read_advisories(shop.folder / "whole")
 
 
 def test_sigterm_saves_and_resume_completes_the_run(shop: Workshop, whole: Launch) -> None:

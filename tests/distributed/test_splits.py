@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from spawn import run_ranks
+from spread_reference import spread, token_quantiles
 from tiny import (
     SPLITS,
     VOCAB,
@@ -270,6 +271,7 @@ def paper_update(folder, tied, timing, aggregation, cap):
     samples = [pair for group in scored_groups() for pair in paper_advantages(group)]
     num_tokens = sum(len(s.token_ids) for s, _ in samples)
     loss, credit, clipped, gaps, distances, importance = 0.0, {}, [], [], [], []
+    spreads, of_old = [], {"hellinger": [], "entropy": []}
     for sample, advantage in samples:
         response = torch.tensor(sample.token_ids)[:, None]
         ids = sample.prompt.token_ids, sample.token_ids
@@ -293,14 +295,21 @@ def paper_update(folder, tied, timing, aggregation, cap):
         credit[sample.prompt.id, sample.index] = weights
         gaps.append((old_log_probs - engine).abs())
         distances.append(distance)
+        spreads.append((weights.tolist(), advantage))
+        of_old["hellinger"].append(1 - (z_old.softmax(-1) * z_reference.softmax(-1)).sqrt().sum(-1))
+        of_old["entropy"].append(-(z_old.softmax(-1) * z_old.log_softmax(-1)).sum(-1))
     means = {
         "clip_fraction": torch.cat(clipped).mean(),
         "log_prob_gap": torch.cat(gaps).mean(),
         "hellinger": torch.cat(distances).mean(),
+        "log_prob_gap_max": torch.cat(gaps).max(),
     }
+    for what, found in of_old.items():
+        means |= token_quantiles(what, torch.cat(found).numpy())
     if cap:
         means["tis_weight"] = torch.cat(importance).mean()
-    return answer(loss, current, credit=credit, means={k: float(v) for k, v in means.items()})
+    means = {k: float(v) for k, v in means.items()}
+    return answer(loss, current, credit=credit, means=means, spread=spread(spreads))
 
 
 @pytest.fixture(scope="module")
@@ -360,6 +369,9 @@ def test_update_is_that_of_the_paper(results, paper, folder, name, case):
         for key, value in want["means"].items():
             # The distance of float32 logits is off by the square root's slope at most; means of size 0.01.
             assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-7), key
+        for key, value in want["spread"].items():
+            # ln w moves by ds / tau, as in the test of the credit below.
+            assert metrics[key] == pytest.approx(value, rel=1e-4), key
         check_gradients(gradients(before, result["weights"]), want["grads"], before)
     if "micro-batches" in name or name == "DP=2":
         assert all(r["microbatches"] > 1 for r in results[name, case])

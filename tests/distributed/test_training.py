@@ -137,8 +137,12 @@ def test_two_replicas_train_on_the_same_groups(dynamic: list[Config]) -> None:
         assert mine.keys() == other.keys()
         for name in ("response_tokens", "rollout_rounds", "groups_drawn", "groups_all_right"):
             assert mine[name] == other[name]
-        for name in ("grad_norm", "entropy", "reward"):
-            assert mine[name] == pytest.approx(other[name], rel=1e-4)
+        quantiles = {f"entropy_p{p}" for p in (10, 50, 90, 99)}
+        assert {n for n in mine if n.startswith(("entropy_p", "hellinger"))} == quantiles  # no reference
+        for name in ("grad_norm", "entropy", "reward", "log_prob_gap", *quantiles):
+            assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-7)
+        assert mine["response_length_max"] == other["response_length_max"] <= 16
+        assert mine["staleness"] == other["staleness"] == 0
     # Rank 0 of the two has half of each mini-batch. (A prompt may return in a later draw of a step.)
     for step in range(1, STEPS + 1):
         everyone, first = (

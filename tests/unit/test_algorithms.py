@@ -348,8 +348,12 @@ def test_metrics():
     assert 0 < want["clip_low_fraction"] < want["clip_fraction"]
     for name, value in want.items():
         assert got[name] == pytest.approx(float(value), rel=1e-5), name
-    credit = {f"credit_{n}" for n in ("weight_variance", "effective_fraction", "tau", "kappa")}
-    assert set(got) == {*want, *credit}
+    # What they are is in test_spread.py.
+    spread = {"weight_variance", "weight_max", "top1_share", "position_correlation", "tau", "kappa"}
+    spread |= {
+        f"{n}{side}" for n in ("effective_fraction", "top10_share") for side in ("", "_right", "_wrong")
+    }
+    assert set(got) == {*want, *(f"credit_{n}" for n in spread)}
     assert got["credit_tau"] == pytest.approx(0.02) and got["credit_kappa"] == 1.0
     assert 0 < got["credit_effective_fraction"] < 1
     # With mean 1, the variance of a response's weights is 1 / fraction - 1.

@@ -88,6 +88,7 @@ def test_files_go_left_to_right_and_overrides_last(tmp_path: Path) -> None:
         (["--run.quiet", "false"], "run.quiet", False),
         (["--run.quiet"], "run.quiet", True),
         (["--run.quiet", "--train.steps", "7"], "run.quiet", True),
+        (["--quiet"], "run.quiet", True),
         (["--resume"], "run.resume", True),
         (["--resume", "false"], "run.resume", False),
         (["--resume=false"], "run.resume", False),
@@ -115,9 +116,11 @@ def test_values_of_overrides(words: list[str], key: str, value: Any) -> None:
     assert type(raw[section][name]) is type(value) or not isinstance(value, (bool, int, str))
 
 
-def test_resume_before_the_file(file: str) -> None:
-    config = load(["--resume", file], Config)
-    assert config.run.resume and config.train.steps == 3
+def test_short_names_before_the_file(file: str) -> None:
+    config = load(["--resume", "--quiet", file], Config)
+    assert config.run.resume and config.run.quiet and config.train.steps == 3
+    config = load(["--quiet", file], Config)
+    assert config.run.quiet and not config.run.resume and config.train.steps == 3
 
 
 def test_text_without_a_value() -> None:

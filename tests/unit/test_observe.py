@@ -142,10 +142,32 @@ def test_sums_over_ranks_give_the_mean_over_all_values() -> None:
     for sums in ranks:
         merged.merge(pickle.loads(pickle.dumps(sums.on_host())))  # as it travels between ranks
     expected = {"only_here": 4.0, "reward": 4 / 6, "tokens": 6.0}
-    assert merged.means() == pytest.approx(expected, abs=1e-15)
+    assert merged.values() == pytest.approx(expected, abs=1e-15)
     assert b"torch" not in pickle.dumps(ranks[1].on_host())
     merged.add("nothing", 0.0, 0)
-    assert "nothing" not in merged.means()
+    assert "nothing" not in merged.values()
+
+
+def test_the_greatest_over_ranks_is_kept() -> None:
+    ranks = []
+    for rank in range(2):
+        sums = Sums()
+        for value in ([3.0, 1.0], [2.0, torch.tensor(5.5, requires_grad=True)])[rank]:
+            sums.add_max("length", value)
+        sums.add_max("gap", torch.tensor([-1.0, -2.0][rank]))
+        ranks.append(sums)
+    ranks[1].add_max("only_here", -7)
+    ranks[0].add_max("broken", torch.tensor(math.nan))
+    ranks[1].add_max("broken", 1.0)
+    ranks[0].add_max("also_broken", 1.0)
+    ranks[1].add_max("also_broken", math.nan)
+    merged = Sums()
+    for sums in ranks:
+        assert b"torch" not in pickle.dumps(sums.on_host())
+        merged.merge(pickle.loads(pickle.dumps(sums.on_host())))
+    found = merged.values()
+    assert math.isnan(found.pop("broken")) and math.isnan(found.pop("also_broken"))
+    assert found == {"length": 5.5, "gap": -1.0, "only_here": -7.0}
 
 
 def test_timer_accumulates_nests_and_resets() -> None:
@@ -164,15 +186,29 @@ def test_timer_accumulates_nests_and_resets() -> None:
 
 def test_step_lines_are_aligned_and_complete(capsys: pytest.CaptureFixture[str]) -> None:
     console = Console(quiet=False, rank=0)
-    console.step_line(7, 120, {name: 0.5 for name, _, _ in COLUMNS})
+    console.step_line(7, 120, {name: 0.5 for name, *_ in COLUMNS})
     console.step_line(119, 120, {"reward": 0.25, "tokens_per_second": 12345.0, "unknown": 3.0})
     first, second = capsys.readouterr().out.splitlines()
     assert len(first) == len(second)
     assert first.startswith("step   7/120  reward  0.500")
-    assert second.startswith("step 119/120  reward  0.250  loss        -")
-    assert "tok/s   12345" in second
-    for _, label, _ in COLUMNS:
+    assert second.startswith("step 119/120  reward  0.250  ent     -")
+    assert "tok/s  12345" in second
+    for _, label, *_ in COLUMNS:
         assert first.index(f"  {label} ") == second.index(f"  {label} ")
+
+
+def test_step_lines_fit_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    large = {"reward": -1.25, "entropy": 11.931, "credit_effective_fraction": 1.0, "clip_fraction": 1.0,
+             "grad_norm": 1234.5, "response_length": 16384.0, "truncated": 1.0,
+             "tokens_per_second": 987654.3, "time/step": 1234.567}  # fmt: skip
+    assert large.keys() == {name for name, *_ in COLUMNS}
+    Console(quiet=False, rank=0).step_line(9998, 9999, large)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert len(line) == 120
+    assert line == (
+        "step 9998/9999  reward -1.250  ent 11.93  eff 1.000  clip 1.000  grad  1234  len 16384  cut 1.00  "
+        "tok/s 987654  sec 1235"
+    )
 
 
 def test_table_and_silence(capsys: pytest.CaptureFixture[str]) -> None:
