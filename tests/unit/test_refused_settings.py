@@ -522,3 +522,18 @@ def test_missing_keys_are_named(place: Place, capsys: pytest.CaptureFixture[str]
         "train.prompts_per_minibatch",
     ]
     assert told == [(f"error: {name}", ": missing, and there is no default", "") for name in names]
+
+
+def test_the_credit_log_needs_pyarrow(
+    place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_dgpo.config import Config
+    from megatron_dgpo.entry import parse
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(SystemExit):
+        parse(place.words("train"), Config)
+    assert capsys.readouterr().err.splitlines() == [
+        "error: observe.credit_every: the credit log needs the package pyarrow; 0 goes without it"
+    ]
+    parse(place.words("train", "--observe.credit_every", 0), Config)
