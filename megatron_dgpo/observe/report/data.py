@@ -27,25 +27,27 @@ taken at each update).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-from numpy.typing import NDArray
-
-from megatron_dgpo.observe import credit_log, jsonl
-from megatron_dgpo.observe.report import encode, steps, weights
-from megatron_dgpo.observe.report.encode import EXACT, Precision
+from megatron_dgpo.observe import credit_log, jsonl, metrics
+from megatron_dgpo.observe.report import weights
+from megatron_dgpo.observe.report.encode import EXACT
+from megatron_dgpo.observe.report.rows import Rows
 
 FORMAT = 1
 PREVIEW = 160
 """Characters of a response in the list of samples."""
-_MARKS = ("metrics.jsonl", "credit", "versions.json", "config.json", "samples", "checkpoints")
-_SAME = 1e-6
-"""Weights closer than this, relative to themselves or 1, are float32's own rounding apart."""
+ADVISORIES = "advisories.jsonl"
+CORRECT = "correct"
+"""The part of a combined reward that the answer's own reward gave (rewards.terms)."""
+_MARKS = (metrics.FILE, credit_log.FOLDER, "config.toml", "versions.json", ADVISORIES)
+_SAMPLE_COLUMNS = (
+    "row", "index", "reward", "right", "advantage", "length", "finish_reason", "preview", "effective_fraction",
+    "max_weight", "top1_share", "top10_share",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,86 @@ def overview(run: Path, *, index: Callable[[Path], FileIndex] | None = None) -> 
 def sample(run: Path, step: int, replica: int, row: int) -> bytes:
     """One response, exactly. Raises FileNotFoundError for a file that is not there, IndexError for a row
     that it has not, ValueError for a file that cannot be read."""
-    path = credit_log.path(run, step, replica)
+    path = Path(run, credit_log.FOLDER, f"step_{step:06d}-replica{replica}.parquet")
     table = credit_log.read(path)
     if not 0 <= row < table.num_rows:
         raise IndexError(f"{path} has {table.num_rows} responses, and no row {row}")
-    return encode_row(Rows(table.slice(row, 1), credit_log.settings(table)), 0, EXACT)
+    return Rows(table.slice(row, 1), credit_log.settings(table, path)).encode(0, EXACT)
 
 
-_SAMPLE_COLUMNS = (
-    "row", "index", "reward", "right", "advantage", "length", "finish_reason", "preview", "effective_fraction",
-    "max_weight", "top1_share", "top10_share",
-)  # fmt: skip
+def replica_of(path: Path) -> int:
+    """Of a credit log's name."""
+    return int(path.stem.rpartition("-replica")[2])
+
+
+def file_index(path: Path) -> FileIndex:
+    """Raises as `credit_log.read` does."""
+    columns = ("index", "prompt_id", "prompt", "response", "finish_reason", "prompt_tokens", "answer",
+               "reward", "reward_parts", "advantage", "token_id", "weight")  # fmt: skip
+    table = credit_log.read(path, columns)
+    rows = Rows(table, credit_log.settings(table, path))
+    samples: dict[str, list[Any]] = {name: [] for name in _SAMPLE_COLUMNS}
+    prompts = []
+    for row in range(table.num_rows):
+        one = rows.scalars(row)
+        prompts.append(
+            {
+                "id": one["prompt_id"],
+                "text": one["prompt"],
+                "answer": one["answer"],
+                "tokens": one["prompt_tokens"],
+            }
+        )
+        for name, value in {"row": row, **_sample(one, rows, row)}.items():
+            samples[name].append(value)
+    return FileIndex(credit_log.step_of(path), replica_of(path), rows.settings, prompts, samples)
+
+
+def _sample(one: dict[str, Any], rows: Rows, row: int) -> dict[str, Any]:
+    w_T = rows.numbers("weight", row)
+    judged = one["reward_parts"].get(CORRECT, one["reward"])
+    return {
+        "index": one["index"],
+        "reward": one["reward"],
+        "right": None if judged is None else judged > 0,
+        "advantage": one["advantage"],
+        "length": rows.length(row),
+        "finish_reason": one["finish_reason"],
+        "preview": (one["response"] or "")[:PREVIEW],
+        "effective_fraction": None if w_T is None else weights.effective_fraction(w_T),
+        "max_weight": None if w_T is None else float(w_T.max(initial=0)),
+        "top1_share": None if w_T is None else weights.top_share(w_T, 0.01),
+        "top10_share": None if w_T is None else weights.top_share(w_T, 0.1),
+    }
+
+
+def _readable(run: Path, index: Callable[[Path], FileIndex], warnings: list[str]) -> list[FileIndex]:
+    found = []
+    for path in credit_log.files(run):
+        try:
+            found.append(index(path))
+        except (ValueError, FileNotFoundError) as error:  # not found: a running run has just removed it
+            warnings.append(str(error))
+    return found
+
+
+def _metrics(run: Path, warnings: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Columns of metrics.jsonl by phase; null where a step has no such number."""
+    rows = _lines(run / metrics.FILE, warnings)
+    columns: dict[str, dict[str, list[Any]]] = {"train": {}, "eval": {}}
+    for phase, table in columns.items():
+        own = [row for row in rows if row.get("phase") == phase and isinstance(row.get("step"), int)]
+        names = dict.fromkeys(name for row in own for name in row if name != "phase")
+        for name in names:
+            table[name] = [row.get(name) for row in own]
+    return columns
+
+
+def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
+    try:
+        return jsonl.read(path)
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        warnings.append(str(error))
+        return []
