@@ -50,7 +50,7 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
     return load_or_exit(
         argv,
         schema,
-        extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm),
+        extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm, _credit_log),
         inspect=_data_there,
     )
 
@@ -151,6 +151,12 @@ def _algorithm(config: AnyConfig) -> Iterator[str]:
             f"algorithm.name: {config.algorithm.name} needs a critic, whose settings are those of 'ppo' "
             "alone; set needs_critic = False, or use 'ppo'"
         )
+
+
+def _credit_log(config: AnyConfig) -> Iterator[str]:
+    if isinstance(config, Config) and config.observe.credit_every:
+        if importlib.util.find_spec("pyarrow") is None:
+            yield "observe.credit_every: the credit log needs the package pyarrow; 0 goes without it"
 
 
 MODEL_CHECKS = (_megatron_fields, _model_family, _layer_spec)

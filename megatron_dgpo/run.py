@@ -28,6 +28,7 @@ from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.model import ModelShape, build_model
 from megatron_dgpo.mcore.policy import Policy
 from megatron_dgpo.mcore.value import ValueModel
+from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.observe.metrics import MetricsWriter
@@ -84,7 +85,7 @@ class RunState:
 
 
 class RunFolder:
-    """`<folder>`: resolved config, versions, metrics, samples, checkpoints, exported policy."""
+    """`<folder>`: resolved config, versions, metrics, samples, credit, checkpoints, exported policy."""
 
     def __init__(self, config: AnyConfig, groups: platform.Groups) -> None:
         self.path = config.run.folder
@@ -111,6 +112,8 @@ def restore_or_start(
 ) -> RunState:
     """The state of the newest complete checkpoint, loaded into the policy, or a fresh one."""
     latest = folder.checkpoints.latest() if resume else None
+    if resume:
+        credit_log.truncate_after(folder.path, 0 if latest is None else latest.step)
     if latest is None:
         if folder.metrics is not None:
             folder.metrics.truncate_after(-1)

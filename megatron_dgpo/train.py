@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from megatron_dgpo import platform
 from megatron_dgpo.algorithms import build_algorithm
+from megatron_dgpo.audit import CreditAudit
 from megatron_dgpo.cli import refusals
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import PromptCursor
@@ -57,12 +59,18 @@ class Data:
     prompts: list[Prompt]
     heldout: list[Prompt]
     stop_ids: tuple[int, ...]
+    tokenizer: Any
 
 
 def load_data(config: Config) -> Data:
     """Raises ValueError or OSError, naming file and row, for what cannot be read."""
     tokenizer = load_tokenizer(config)
-    return Data(load_train(config, tokenizer), load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
+    return Data(
+        load_train(config, tokenizer),
+        load_heldout(config, tokenizer),
+        (tokenizer.eos_token_id,),
+        tokenizer,
+    )
 
 
 def run(config: Config, groups: platform.Groups, data: Data) -> None:
@@ -132,6 +140,7 @@ class Trainer:
             temperature=config.rollout.temperature,
             max_tokens=c.max_tokens_per_microbatch,
         )
+        self.audit = CreditAudit(config, groups, self.algorithm, data.tokenizer)
         self.critic = None
         if self.algorithm.needs_critic:
             self.critic = build_critic(config, groups, total_updates=updates)
@@ -211,6 +220,7 @@ class Trainer:
         sums = self.learner.prepare(minibatches)
         if self.critic is not None:
             sums.merge(self.critic.prepare(minibatches))
+        self.audit.choose(minibatches, step + 1)
         return minibatches, sums
 
     def update(self, minibatches: Sequence[MiniBatch], folder: RunFolder, step: int) -> Sums:
@@ -228,7 +238,8 @@ class Trainer:
         return sums
 
     def record(self, state: RunState, folder: RunFolder, rollout: Rollout, sums: Sums) -> None:
-        """Metrics over all ranks, one line on the terminal, and some samples to read."""
+        """Metrics over all ranks, one line on the terminal, some samples to read and some tokens' credit."""
+        self.audit.record(state.step)
         sums.merge(rollout_sums(rollout.groups, self.groups.dp.size()))
         if self.config.rollout.dynamic_sampling or self.config.rollout.oversampling > 1:
             for name, value in rollout.tally.metrics().items():
@@ -258,6 +269,7 @@ class Trainer:
         self.console.log("  held-out  " + "  ".join(f"{name} {result[name]:.3f}" for name in shown))
 
     def close(self) -> None:
+        self.audit.close()
         self.rollouts.close()
         self.reward.close()
         self.engine.close()

@@ -136,6 +136,9 @@ class PackedBatch:
     coefficients_T: torch.Tensor | None = None
     """float32; the share of each token in the mini-batch's loss, from global counts: fixed before
     the backward pass, so that the split does not matter."""
+    record: dict[str, torch.Tensor] | None = None
+    """Where there is one, the loss leaves the (T,) tensors of its last update in it: ratio, clipped, and
+    weights, distances and entropy where these are taken at updates."""
 
     @property
     def num_tokens(self) -> int:

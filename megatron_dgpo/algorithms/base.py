@@ -183,7 +183,10 @@ class Algorithm:
         ratio_T = self.ratio(tokens)
         objective_T = self.objective(tokens, ratio_T)
         metrics = self._metrics(stats, tokens, ratio_T.detach())
-        for factor_T in (self._credit(stats, batch, metrics), *self._corrections(tokens, metrics)):
+        weights_T = self._credit(stats, batch, metrics)
+        if batch.record is not None:
+            batch.record |= self._record(stats, tokens, ratio_T.detach(), weights_T)
+        for factor_T in (weights_T, *self._corrections(tokens, metrics)):
             if factor_T is not None:
                 objective_T = factor_T * objective_T
         loss = -(batch.coefficients_T * objective_T).sum()
@@ -232,10 +235,30 @@ class Algorithm:
             factors.append(kept_T.to(tokens.old_T.dtype))
         return factors
 
+    def _clipped(self, tokens: Tokens, ratio_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T,) bool each: where the clip below, and the one above, takes the gradient away."""
+        c = self._settings
+        low_T = (ratio_T < 1.0 - c.clip_low) & (tokens.advantage_T < 0)
+        return low_T, (ratio_T > 1.0 + c.clip_high) & (tokens.advantage_T > 0)
+
+    def _record(
+        self, stats: TokenStats, tokens: Tokens, ratio_T: torch.Tensor, weights_T: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """For `PackedBatch.record`."""
+        low_T, high_T = self._clipped(tokens, ratio_T)
+        found = {"ratio": ratio_T, "clipped": low_T | high_T}
+        if weights_T is not None:
+            found["credit_weights"] = weights_T
+        if self.update_needs_reference:  # otherwise the weights come from batch.features
+            found["entropy"] = stats.entropy.detach()
+            for name, values_T in (("hellinger", stats.hellinger), ("kl_reference", stats.reverse_kl)):
+                if values_T is not None:
+                    found[name] = values_T
+        return found
+
     def _metrics(self, stats: TokenStats, tokens: Tokens, ratio_T: torch.Tensor) -> Metrics:
-        mask_T, c = tokens.mask_T, self._settings
-        clipped_low_T = (ratio_T < 1.0 - c.clip_low) & (tokens.advantage_T < 0)
-        clipped_high_T = (ratio_T > 1.0 + c.clip_high) & (tokens.advantage_T > 0)
+        mask_T = tokens.mask_T
+        clipped_low_T, clipped_high_T = self._clipped(tokens, ratio_T)
         entropy_T = stats.entropy.detach()
         metrics: Metrics = {
             "clip_fraction": masked_mean(clipped_low_T | clipped_high_T, mask_T),

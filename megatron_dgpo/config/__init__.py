@@ -321,6 +321,13 @@ class SinksConfig(Section):
 class ObserveConfig(SinksConfig):
     samples_per_step: Count = 8
     """Responses of each step that are kept to read, in whole groups."""
+    credit_every: Count = 10
+    """Steps between recordings of the credit of single tokens (RUN/credit), the first and the last step
+    included; 0 never records."""
+    credit_samples: PositiveInt = 16
+    """Responses of a recorded step, over all replicas, in whole groups (at least one) chosen at random."""
+    credit_max_bytes: PositiveInt = 1 << 30
+    """Bound of RUN/credit: beyond it, every second recorded step is removed; the first and newest stay."""
 
 
 class Config(Section):

@@ -36,9 +36,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observe": {"types"},
     "learner": {*PARTS, *SHARED},
     "critic": {*PARTS, *SHARED, "learner"},
+    "audit": {*PARTS, *SHARED, "learner"},
     "entry": {*PARTS, *SHARED, "checks", "cli"},
     "run": {*PARTS, *SHARED, "checks", "cli", "learner", "critic"},
-    "train": {*PARTS, *SHARED, "checks", "cli", "learner", "entry", "run"},
+    "train": {*PARTS, *SHARED, "checks", "cli", "learner", "audit", "entry", "run"},
     "sft": {*PARTS, *SHARED, "checks", "cli", "learner", "entry", "run"},
     "__init__": set(),
 }
