@@ -86,3 +86,21 @@ def _checksum(file: IO[bytes], offset: int) -> str:
     file.seek(start)
     content = file.read(offset - start)
     return f"{zlib.crc32(content):08x}" if len(content) == offset - start else "-"
+
+
+def end(path: Path) -> str:
+    """The cursor of who knows all whole lines that a file has now."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            while size:
+                start = max(0, size - _MARK)
+                file.seek(start)
+                newline = file.read(size - start).rfind(b"\n")
+                if newline >= 0:
+                    offset = start + newline + 1
+                    return f"{offset}-{_checksum(file, offset)}"
+                size = start
+    except FileNotFoundError:
+        pass
+    return START

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,26 +13,29 @@ Key = tuple[Hashable, ...]
 
 
 class Cache:
-    """Bytes by key, the least recently used ones dropped when all are more than `most_bytes`."""
+    """Bytes by key, the least recently used ones dropped when all are more than `most_bytes`. Any thread."""
 
     def __init__(self, most_bytes: int) -> None:
         self._most = most_bytes
         self._kept: OrderedDict[Key, bytes] = OrderedDict()
+        self._lock = threading.Lock()
         self.size = 0
 
     def get(self, key: Key) -> bytes | None:
-        value = self._kept.get(key)
-        if value is not None:
-            self._kept.move_to_end(key)
-        return value
+        with self._lock:
+            value = self._kept.get(key)
+            if value is not None:
+                self._kept.move_to_end(key)
+            return value
 
     def put(self, key: Key, value: bytes) -> None:
         if len(value) > self._most // 4:  # one answer must not push out all the others
             return
-        self.size += len(value) - len(self._kept.pop(key, b""))
-        self._kept[key] = value
-        while self.size > self._most:
-            self.size -= len(self._kept.popitem(last=False)[1])
+        with self._lock:
+            self.size += len(value) - len(self._kept.pop(key, b""))
+            self._kept[key] = value
+            while self.size > self._most:
+                self.size -= len(self._kept.popitem(last=False)[1])
 
 
 class Work:
@@ -39,7 +43,7 @@ class Work:
 
     def __init__(self, *, threads: int, most_bytes: int) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="inspect")
-        self._cache = Cache(most_bytes)
+        self.cache = Cache(most_bytes)
         self._making: dict[Key, asyncio.Future[bytes]] = {}
 
     async def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -48,7 +52,7 @@ class Work:
     async def kept(self, key: Key, make: Callable[[], bytes]) -> bytes:
         """`make()`, or what it gave for this key before. A key holds all that the bytes depend on, such as
         a file's time and size."""
-        known = self._cache.get(key)
+        known = self.cache.get(key)
         if known is not None:
             return known
         future = self._making.get(key)
@@ -62,7 +66,7 @@ class Work:
     def _made(self, key: Key, done: asyncio.Future[bytes]) -> None:
         del self._making[key]
         if not done.cancelled() and done.exception() is None:
-            self._cache.put(key, done.result())
+            self.cache.put(key, done.result())
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
