@@ -27,6 +27,7 @@ taken at each update).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,8 @@ CORRECT = "correct"
 """The part of a combined reward that the answer's own reward gave (rewards.terms)."""
 _MARKS = (metrics.FILE, credit_log.FOLDER, "config.toml", "versions.json", ADVISORIES)
 _SAMPLE_COLUMNS = (
-    "row", "index", "reward", "right", "advantage", "length", "finish_reason", "preview", "effective_fraction",
-    "max_weight", "top1_share", "top10_share",
+    "row", "index", "reward", "right", "advantage", "length", "finish_reason", "preview",
+    "effective_fraction", "max_weight", "top1_share", "top10_share",
 )  # fmt: skip
 
 
@@ -109,11 +110,16 @@ def overview(run: Path, *, index: Callable[[Path], FileIndex] | None = None) -> 
 def sample(run: Path, step: int, replica: int, row: int) -> bytes:
     """One response, exactly. Raises FileNotFoundError for a file that is not there, IndexError for a row
     that it has not, ValueError for a file that cannot be read."""
-    path = Path(run, credit_log.FOLDER, f"step_{step:06d}-replica{replica}.parquet")
+    path = log_path(run, step, replica)
     table = credit_log.read(path)
     if not 0 <= row < table.num_rows:
         raise IndexError(f"{path} has {table.num_rows} responses, and no row {row}")
     return Rows(table.slice(row, 1), credit_log.settings(table, path)).encode(0, EXACT)
+
+
+def log_path(run: Path, step: int, replica: int) -> Path:
+    """The credit log's file."""
+    return Path(run, credit_log.FOLDER, f"step_{step:06d}-replica{replica}.parquet")
 
 
 def replica_of(path: Path) -> int:
@@ -192,3 +198,14 @@ def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     except ValueError as error:
         warnings.append(str(error))
         return []
+
+
+def strict(value: Any) -> Any:
+    """NaN and infinities as None, at any depth, for strict JSON."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: strict(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict(one) for one in value]
+    return value

@@ -11,7 +11,7 @@ A column is {"name", "kind", ...} and T numbers:
 | const | none: every number is "value" |
 | u8, u16, u32 | T unsigned integers |
 | f32, f16 | byte planes of T floats: all lowest bytes first (they compress better apart) |
-| fixed | "planes" byte planes of z; the number is "step" * (z >> 1), or -"step" * ((z + 1) >> 1) where z is odd |
+| fixed | "planes" byte planes of z; the number is "step" * z / 2, and -"step" * (z + 1) / 2 where z is odd |
 
 Shape suffix: T tokens of a response.
 """

@@ -70,9 +70,7 @@ class Rows:
         texts, ids_T = self.texts(row), self.numbers("token_id", row)
         assert ids_T is not None
         table = Pieces() if pieces is None else pieces
-        places_T = np.array(
-            [table.place(int(i), t) for i, t in zip(ids_T, texts, strict=True)], dtype=np.int64
-        )
+        places = [table.place(int(i), text) for i, text in zip(ids_T, texts, strict=True)]
         one = self.scalars(row)
         header = {
             "count": len(texts),
@@ -82,7 +80,8 @@ class Rows:
             "steps": {"sentences": steps.sentences(texts), "arithmetic": steps.arithmetic(texts)},
             **({"pieces": table.pairs()} if pieces is None else {}),
         }
-        return encode.pack(header, [encode.integers("token", places_T), *self._numbers(row, precision, one)])
+        token = encode.integers("token", np.array(places, dtype=np.int64))
+        return encode.pack(header, [token, *self._numbers(row, precision, one)])
 
     def _numbers(
         self, row: int, precision: Precision, one: Mapping[str, Any]

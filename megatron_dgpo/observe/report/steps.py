@@ -38,7 +38,8 @@ def _token_ends(pieces: Sequence[str], text: str, starts: Iterable[int]) -> list
         blank = len(piece) - len(piece.lstrip())
         places.append(place + (blank if blank < len(piece) else 0))
         place += len(piece)
-    ends, token = [], 0
+    ends: list[int] = []
+    token = 0
     for start in starts:
         while token < len(places) and places[token] < start:
             token += 1
