@@ -74,18 +74,23 @@ def _rows(file: IO[bytes], name: str, offset: int, restart: bool) -> News:
         else:
             problems.append(f"{name}: a line is left out, since it is no row with a step: {line[:40]!r}")
     size = file.seek(0, os.SEEK_END)
-    cursor = f"{offset + end}-{_checksum(file, offset + end)}"
+    cursor = _cursor(file, offset + end)
     # Less than a line may be left: then the next answer has nothing, and that is the end.
     more = bool(end) and size - offset - end > 0 and len(content) == MOST_BYTES
     return News(rows, cursor, restart, more, problems[:20])
 
 
-def _checksum(file: IO[bytes], offset: int) -> str:
-    """"-" where the file has fewer bytes than that."""
+def _cursor(file: IO[bytes], offset: int) -> str:
+    """One that no file has where it was cut off meanwhile, so that the next answer is a restart."""
+    return f"{offset}-{_checksum(file, offset) or 'ffffffff'}"
+
+
+def _checksum(file: IO[bytes], offset: int) -> str | None:
+    """Of the bytes before a place; None where the file has fewer than that."""
     start = max(0, offset - _MARK)
     file.seek(start)
     content = file.read(offset - start)
-    return f"{zlib.crc32(content):08x}" if len(content) == offset - start else "-"
+    return f"{zlib.crc32(content):08x}" if len(content) == offset - start else None
 
 
 def end(path: Path) -> str:
@@ -99,7 +104,7 @@ def end(path: Path) -> str:
                 newline = file.read(size - start).rfind(b"\n")
                 if newline >= 0:
                     offset = start + newline + 1
-                    return f"{offset}-{_checksum(file, offset)}"
+                    return _cursor(file, offset)
                 size = start
     except FileNotFoundError:
         pass

@@ -99,15 +99,21 @@ def middleware(host: str) -> Any:
         try:
             return await handler(request)
         except Refused as error:
-            return refusal(error.status, str(error))
+            return _refused(request, error)
         except web.HTTPException as error:
             return refusal(error.status, f"{error.status}: {error.reason}".replace("\n", " "))
         except Exception as error:
-            # A name of the client's in it could begin a line of its own in the log: repr keeps it on this one.
+            # repr: what the client sent cannot begin a line of its own in the log.
             log.error("%s %r: %s: %r", request.method, request.path_qs, type(error).__name__, str(error))
             return refusal(500, "the inspector failed at this; its log says more")
 
     return guard
+
+
+def _refused(request: web.Request, error: Refused) -> web.Response:
+    if request.path.startswith("/api/"):
+        return refusal(error.status, str(error))
+    return web.Response(status=error.status, text=f"{error}\n")  # for a person
 
 
 async def add_headers(_: web.Request, response: web.StreamResponse) -> None:

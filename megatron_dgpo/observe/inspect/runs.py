@@ -58,7 +58,8 @@ class RunsFolder:
     def search(self) -> tuple[list[Found], bool]:
         """All runs (folders with config.toml and metrics.jsonl), and whether the search was cut short
         after `MOST_FOLDERS` folders. Links are not followed, nor are runs looked for inside of runs."""
-        found, level, looked = [], [self.root], 0
+        found: list[Found] = []
+        level, looked = [self.root], 0
         for _ in range(DEPTH + 1):
             below: list[Path] = []
             for folder in level:

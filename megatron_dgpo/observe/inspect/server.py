@@ -1,7 +1,7 @@
 """The inspector's routes. All of them read; what reads files does so in threads.
 
-    /                 the list of runs             /run?run=NAME     a run
-    /assets/NAME      scripts and styles           /api/...          data, see `views.py`
+/                 the list of runs             /run?run=NAME     a run
+/assets/NAME      scripts and styles           /api/...          data, see `views.py`
 """
 
 from __future__ import annotations
@@ -10,14 +10,11 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 
-from megatron_dgpo.observe import report
-from megatron_dgpo.observe.inspect import guard
+from megatron_dgpo.observe.inspect import guard, pages
 from megatron_dgpo.observe.inspect.runs import Found, Refused, RunsFolder
 from megatron_dgpo.observe.inspect.views import Views
 from megatron_dgpo.observe.inspect.work import Key, Work
@@ -28,22 +25,7 @@ _MOST_FILES = 64
 """Files of a credit log that one request may ask about."""
 _LIST_SECONDS = 1.0
 """For so long a list of runs is handed out again, to as many clients as ask."""
-_ASSETS = (Path(report.__file__).parent / "assets", Path(__file__).parent / "assets")
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-
 _Parser = Callable[[str, str], Any]
-
-
-@dataclass(frozen=True)
-class Asset:
-    content: bytes
-    kind: str
-
-
-def load_assets() -> dict[str, Asset]:
-    """Name -> asset; read once, so that no request's path ever meets the file system here."""
-    paths = [path for folder in _ASSETS for path in sorted(folder.iterdir()) if path.suffix in _TYPES]
-    return {path.name: Asset(path.read_bytes(), _TYPES[path.suffix]) for path in paths}
 
 
 # --- query parameters -------------------------------------------------------------------------------
@@ -79,14 +61,23 @@ def _places(name: str, text: str) -> list[tuple[int, int]]:
     return places
 
 
-def query(request: web.Request, wanted: Mapping[str, _Parser]) -> dict[str, Any]:
-    """The query's parameters: each of `wanted` once, and no others. Raises Refused with status 400."""
+def query(
+    request: web.Request, wanted: Mapping[str, _Parser], optional: Mapping[str, _Parser] | None = None
+) -> dict[str, Any]:
+    """The query's parameters: each of `wanted` once, of `optional` at most once, and no others.
+
+    Raises Refused with status 400.
+    """
+    known = {**wanted, **(optional or {})}
     for name in request.query:
-        if name not in wanted:
-            raise Refused(400, f"{name[:40]!r} is not a parameter of this; it takes {', '.join(wanted) or 'none'}")
+        if name not in known:
+            takes = ", ".join(known) or "none"
+            raise Refused(400, f"{name[:40]!r} is not a parameter of this; it takes {takes}")
     found = {}
-    for name, parse in wanted.items():
+    for name, parse in known.items():
         values = request.query.getall(name, [])
+        if not values and name not in wanted:
+            continue
         if len(values) != 1:
             raise Refused(400, f"{name}: is wanted once, and was given {len(values)} times")
         found[name] = parse(name, values[0])
@@ -102,7 +93,7 @@ class Inspector:
     def __init__(self, folder: RunsFolder) -> None:
         self._work = Work(threads=THREADS, most_bytes=CACHE_BYTES)
         self._views = Views(folder, self._work.cache)
-        self._assets = load_assets()
+        self._assets = pages.assets()
 
     def app(self, host: str) -> web.Application:
         app = web.Application(middlewares=[guard.middleware(host)])
@@ -126,11 +117,13 @@ class Inspector:
 
     async def list_page(self, request: web.Request) -> web.Response:
         query(request, {})
-        return self._asset(request, "runs.html")
+        return self._asset(request, pages.LIST)
 
     async def run_page(self, request: web.Request) -> web.Response:
-        await self._run(query(request, {"run": _text}))
-        return self._asset(request, "live.html")
+        asked = query(request, {"run": _text}, {"compare": _text})
+        for name in asked.values():
+            await self._run({"run": name})
+        return self._asset(request, pages.RUN)
 
     async def asset(self, request: web.Request) -> web.Response:
         return self._asset(request, request.match_info["name"])

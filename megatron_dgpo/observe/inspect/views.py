@@ -28,7 +28,7 @@ def encode(answer: Any) -> bytes:
 
 
 def stamp(path: Path) -> str:
-    """"time-size" of a file, which differs when it was written again; "" where it is not there."""
+    """ "time-size" of a file, which differs when it was written again; "" where it is not there."""
     try:
         status = path.stat()
     except OSError:
@@ -84,7 +84,7 @@ class Views:
 
     def overview(self, run: Found) -> bytes:
         """`report.data.overview`, and under "live" from where to follow: {"metrics", "advisories": cursors,
-        "files": [[step, replica, stamp]], "digest": of these files, "summary"}.
+        "files": [[step, replica, stamp]], "digest": of these files}.
 
         Raises Refused where the run is gone.
         """
@@ -97,7 +97,7 @@ class Views:
             raise Refused(404, f"run: there is no run {run.name!r} any more") from None
         answer["run"] = run.name if run.name != "." else answer["run"]
         answer["warnings"] = [self._below(text) for text in answer["warnings"]]
-        answer["live"] = {**live, "files": listing, "digest": self._digest(listing), **self._summary(run)}
+        answer["live"] = {**live, "files": listing, "digest": self._digest(listing)}
         return encode(answer)
 
     def news(self, run: Found, cursors: dict[str, str], digest: str) -> bytes:
@@ -116,9 +116,10 @@ class Views:
             except ValueError as error:
                 raise Refused(400, f"{name}: {error}") from None
         listing = self._listing(run)
-        now = self._digest(listing)
-        return encode({**answer, "digest": now, "files": listing if now != digest else None}
-                      | self._summary(run))  # fmt: skip
+        answer["digest"] = self._digest(listing)
+        answer["files"] = listing if answer["digest"] != digest else None
+        answer["summary"] = self._summary(run)
+        return encode(answer)
 
     def files(self, run: Found, wanted: list[tuple[int, int]]) -> bytes:
         """{"files": [{"step", "replica", "settings", "prompts", "samples"} of `report.data.FileIndex`],
@@ -151,7 +152,7 @@ class Views:
 
     def _summary(self, run: Found) -> dict[str, Any]:
         try:
-            return {"summary": runs.summary(run, runs.held_locks())}
+            return runs.summary(run, runs.held_locks())
         except OSError:
             raise Refused(404, f"run: there is no run {run.name!r} any more") from None
 
