@@ -35,7 +35,7 @@ class News:
 def read(path: Path, cursor: str) -> News:
     """The rows after a cursor, up to the last whole line: the writer may be in the middle of one.
 
-    A cursor is "offset-checksum": bytes known, always up to the end of a line, and the CRC-32 of the last
+    A cursor is "offset-checksum": bytes known, up to the end of a line, and the CRC-32 of the last
     4,096 of them. A file that is missing is an empty one.
 
     Raises ValueError for what is no cursor.
@@ -57,9 +57,9 @@ def read(path: Path, cursor: str) -> News:
 def _rows(file: IO[bytes], name: str, offset: int, restart: bool) -> News:
     file.seek(offset)
     content = file.read(MOST_BYTES)
-    end = content.rfind(b"\n") + 1
+    end, full = content.rfind(b"\n") + 1, len(content) == MOST_BYTES
     problems = []
-    if end == 0 and len(content) == MOST_BYTES:  # one line larger than an answer: it is passed over
+    if end == 0 and full:  # a line larger than an answer: it is passed over, piece by piece
         end = len(content)
         problems.append(f"{name}: a line of more than {MOST_BYTES:,} bytes is left out")
         content = b""
@@ -75,8 +75,7 @@ def _rows(file: IO[bytes], name: str, offset: int, restart: bool) -> News:
             problems.append(f"{name}: a line is left out, since it is no row with a step: {line[:40]!r}")
     size = file.seek(0, os.SEEK_END)
     cursor = _cursor(file, offset + end)
-    # Less than a line may be left: then the next answer has nothing, and that is the end.
-    more = bool(end) and size - offset - end > 0 and len(content) == MOST_BYTES
+    more = full and size - offset - end > 0
     return News(rows, cursor, restart, more, problems[:20])
 
 
@@ -87,6 +86,8 @@ def _cursor(file: IO[bytes], offset: int) -> str:
 
 def _checksum(file: IO[bytes], offset: int) -> str | None:
     """Of the bytes before a place; None where the file has fewer than that."""
+    if offset > file.seek(0, os.SEEK_END):
+        return None
     start = max(0, offset - _MARK)
     file.seek(start)
     content = file.read(offset - start)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,6 +17,8 @@ from megatron_dgpo.observe.inspect.runs import Refused
 log = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+)(?::[0-9]{1,5})?")
 
 HEADERS = {
     "Content-Security-Policy": (
@@ -68,12 +71,8 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 def _named(header: str) -> str | None:
     """The name in a Host header, without port; None where it has none."""
-    name, _, port = header.rpartition(":") if not header.endswith("]") else (header, "", "")
-    if not name:  # there was no colon
-        name, port = header, ""
-    if port and not (port.isascii() and port.isdecimal()):
-        return None
-    return name or None
+    match = _HOST.fullmatch(header)
+    return match[1] if match else None
 
 
 def refusal(status: int, why: str, headers: dict[str, str] | None = None) -> web.Response:

@@ -86,28 +86,29 @@ class RunsFolder:
             raise Refused(400, "run: the path of a run below the runs folder is wanted")
         parts = name.split("/") if name != "." else []
         if name.startswith("/") or ".." in parts:
-            raise Refused(403, f"run: {name!r} leads out of the runs folder")
+            raise Refused(403, "run: a path that leads out of the runs folder")
         # "a//b" and "a/./b" name no run: every run has one name.
         if any(part in ("", ".") for part in parts) or len(parts) > DEPTH:
             raise Refused(404, f"run: there is no run {name!r}")
         folder = self.root.joinpath(*parts)
+        missing = f"run: there is no run {name!r}"
         try:
-            self.inside(folder)
+            self.inside(folder, missing)
             found = _is_run(folder)
         except OSError:
             found = False
         if not found:
-            raise Refused(404, f"run: there is no run {name!r}")
+            raise Refused(404, missing)
         return Found(name, folder)
 
-    def inside(self, path: Path) -> Path:
+    def inside(self, path: Path, missing: str = "it is not there") -> Path:
         """The path, if what it names lies in the runs folder with no link on the way.
 
-        Raises Refused with status 403, or 404 where there is nothing."""
+        Raises Refused with status 403, or 404, saying `missing`, where there is nothing."""
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle
-            raise Refused(404, f"{path.name} is not there") from None
+            raise Refused(404, missing) from None
         if real != path:
             raise Refused(403, f"{path.name}: links are not followed")
         return path

@@ -142,13 +142,13 @@ class Views:
     def sample(self, run: Found, step: int, replica: int, row: int) -> bytes:
         """`report.data.sample`. Raises Refused: 404 for what is not there, 422 for a file that cannot be
         read."""
-        self._file(run, step, replica)
+        path = self._file(run, step, replica)
         try:
             return data.sample(run.folder, step, replica, row)
         except (FileNotFoundError, IndexError) as error:
             raise Refused(404, self._below(str(error))) from None
         except Exception as error:
-            raise Refused(422, self._below(_damaged(error, run.name))) from None
+            raise Refused(422, self._below(_damaged(error, path))) from None
 
     def _summary(self, run: Found) -> dict[str, Any]:
         try:
@@ -167,10 +167,7 @@ class Views:
     def _file(self, run: Found, step: int, replica: int) -> Path:
         """A file of the credit log. Raises Refused where it is not there or a link."""
         path = run.folder / credit_log.FOLDER / f"step_{step:06d}-replica{replica}.parquet"
-        try:
-            return self._folder.inside(path)
-        except Refused as error:
-            raise Refused(error.status, f"{run.name}: {error}") from None
+        return self._folder.inside(path, f"{run.name} has no {credit_log.FOLDER}/{path.name}")
 
     def _index(self, path: Path) -> data.FileIndex:
         """`report.data.file_index`, remembered. Raises FileNotFoundError, and ValueError naming the file."""
@@ -189,7 +186,7 @@ class Views:
         except FileNotFoundError:
             raise
         except Exception as error:  # whatever a damaged file leads its reader to
-            raise ValueError(_damaged(error, str(path))) from error
+            raise ValueError(_damaged(error, path)) from error
         self._cache.put(key, json.dumps(dataclasses.asdict(index)).encode())
         return index
 
@@ -197,7 +194,7 @@ class Views:
         return " ".join(text.replace(f"{self._folder.root}{os.sep}", "").split())
 
 
-def _damaged(error: Exception, where: str) -> str:
-    if isinstance(error, ValueError) and ".parquet" in str(error):
+def _damaged(error: Exception, path: Path) -> str:
+    if isinstance(error, ValueError) and path.name in str(error):
         return str(error)
-    return f"{where}: cannot be read as a credit log: {type(error).__name__}: {error}"
+    return f"{path}: cannot be read as a credit log: {type(error).__name__}: {error}"
