@@ -42,13 +42,12 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         run, out = Path(folder, "run"), Path(folder, "report.html")
-        make_run(run, steps=max(1, options.samples // 64), groups=4, group_size=16, tokens=options.tokens)
+        make_run(run, steps=max(1, options.samples // 40), groups=4, group_size=10, tokens=options.tokens)
         began = time.perf_counter()
         with tqdm(desc="report", delay=1) as bar:
             report = build([run], out, max_bytes=int(options.max_mb * 1e6), progress=lambda *_: bar.update(1))
-        print(
-            f"built in {time.perf_counter() - began:.1f} s: {report.samples} samples, {report.size / 1e6:.1f} MB"
-        )
+        seconds = time.perf_counter() - began
+        print(f"built in {seconds:.1f} s: {report.samples} samples, {report.size / 1e6:.1f} MB")
         print(f"{report.precision.describe()}; bound on the weights' error {report.weight_error:.2g}")
         for name, steps in report.left_out.items():
             print(f"left out of {name}: {sum(steps.values())}")

@@ -129,9 +129,9 @@ def _guess(runs: list[_Run], max_bytes: int, progress: Progress) -> Precision:
 
 def _weight_error(rows: Rows, row: int, precision: Precision) -> float:
     credit = rows.credit(row)
-    if credit is None or isinstance(precision.credit, str) or rows.settings.get("tau") is None:
+    if credit is None or not any(precision.half_steps) or rows.settings.get("tau") is None:
         return 0.0
-    return weights.error_bound(*credit, rows.settings, precision.credit / 2)
+    return weights.error_bound(*credit, rows.settings, precision.half_steps)
 
 
 def _thin(runs: list[_Run], precision: Precision, max_bytes: int) -> dict[str, dict[int, int]]:
