@@ -61,7 +61,8 @@ LADDER = (
     Precision(2.0**-17, 2.0**-14, 2.0**-8),
     Precision(2.0**-16, 2.0**-13, 2.0**-7),
     Precision(2.0**-15, 2.0**-12, 2.0**-6),
-    Precision(2.0**-13, 2.0**-10, 2.0**-5),
+    Precision(2.0**-14, 2.0**-11, 2.0**-6),
+    Precision(2.0**-13, 2.0**-10, 2.0**-6),
 )
 """From exact to coarse: a report takes the first one with which it keeps to its size. A score is d (H / ln V)
 to a power, and ln V is about 12: an entropy's steps may be eight times a distance's."""

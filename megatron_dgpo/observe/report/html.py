@@ -72,7 +72,7 @@ def document(
 
 def chunk(name: str, data: bytes) -> str:
     """Bytes that the page decodes when it wants them; base64 has no character that HTML minds."""
-    text = base64.b64encode(gzip.compress(data, 9, mtime=0)).decode("ascii")
+    text = base64.b64encode(gzip.compress(data, 6, mtime=0)).decode("ascii")
     return f'<script type="application/octet-stream" id="{name}">{text}</script>\n'
 
 

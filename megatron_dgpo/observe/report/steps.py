@@ -8,7 +8,7 @@ from functools import cache
 
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-_SEPARATOR = re.compile(r"[;\n]+")
+_SEPARATOR = re.compile(r"[;\n](?:[^\S\n]*[;\n])*")
 
 
 @cache

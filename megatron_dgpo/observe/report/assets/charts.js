@@ -191,8 +191,8 @@ class Chart {
     const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (!move) return;
     event.preventDefault();
-    const at = this.at == null ? this.steps.length - 1 : this.at + move;
-    this.show(Math.min(this.steps.length - 1, Math.max(0, at)));
+    const last = this.steps.length - 1;
+    this.show(Math.min(last, Math.max(0, (this.at ?? last) + move)));
   }
 
   // at: place in steps; null shows the last values.
