@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.report import build, data
 
 
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             data.check_run(run)
         if not out.parent.is_dir():
             raise FileNotFoundError(f"--out {out}: there is no folder {out.parent}")
+        if not any(credit_log.files(run) for run in runs):
+            raise ValueError(
+                f"{options.run}: has no credit log ({credit_log.FOLDER}/step_*.parquet); the setting "
+                "observe.credit_every says every how many steps a run writes one, 0 is never"
+            )
         report = build.build(runs, out, max_bytes=int(options.max_mb * 1e6), progress=bars)
     except (OSError, ValueError) as error:
         bars.close()

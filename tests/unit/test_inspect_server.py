@@ -169,7 +169,8 @@ OUT = [
     "..", "../outside", "../secret.txt", "../../../../etc", "seed1/../../outside", "seed1/../..",
     "seed1/dgpo/../../../outside", "/etc", "//etc/passwd", "/proc/self", "~", "~root", "linked", "linked/",
     "links/../../outside", "%2e%2e/outside", "%252e%252e%252foutside", "..%2foutside", "..\\outside",
-    "..%5coutside", "....//outside", ".%00./outside", "seed1/dgpo\0", "seed1/dgpo\0/../..", "\0", "..;/outside",
+    "..%5coutside", "....//outside", ".%00./outside", "seed1/dgpo\0", "seed1/dgpo\0/../..", "\0",
+    "..;/outside",
     "%c0%ae%c0%ae/outside", "．．/outside", "file:///etc", "seed1/dgpo/credit", "seed1/dgpo/metrics.jsonl",
     "links/config.toml", "links/metrics.jsonl",
 ]  # fmt: skip

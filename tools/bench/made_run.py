@@ -116,35 +116,69 @@ def make_run(
     folder.mkdir(parents=True, exist_ok=True)
     writer = CreditWriter(folder, replica=0, pieces=words.pieces, max_bytes=None)
     for step in range(10, 10 * steps + 1, 10):
-        settings = {
-            "step": step, "algorithm": "dgpo" if credit else "grpo",
-            "credit": "distribution" if credit else "uniform", "tau": tau if credit else None,
-            "kappa": kappa if credit else None, "entropy_normalization": "log_vocab", "distance": "hellinger",
-            "credit_timing": "rollout", "vocab_size": VOCAB_SIZE, "clip_low": 0.2, "clip_high": 0.28,
-            "temperature": 1.0,
-        }  # fmt: skip
+        settings = _settings(step, tau if credit else None, kappa if credit else None)
         rows = []
         for group in range(groups):
-            text = "".join(words.pieces(words.draw(prompts, 60))).strip() + "?"
-            rewards = (rng.random(group_size) < step / (10 * steps + 10)).astype(float)
-            spread = rewards.std() + 1e-6
-            for index in range(group_size):
-                length = tokens if isinstance(tokens, int) else int(rng.integers(*tokens))
-                ids = words.draw(rng, length)
-                rows.append({
-                    "index": index, "prompt_id": f"train.jsonl:{step + group}", "prompt": text,
-                    "prompt_tokens": 60, "answer": str(group), "extracted": str(group) if rewards[index] else None,
-                    "finish_reason": "stop" if rng.random() < 0.9 else "length", "reward": float(rewards[index]),
-                    "reward_parts": {"answered": 1.0}, "response": "".join(words.pieces(ids)),
-                    "advantage": float((rewards[index] - rewards.mean()) / spread),
-                    **response(rng, ids, settings, credit=credit),
-                })  # fmt: skip
-                rows[-1]["token_advantage"] = [rows[-1]["advantage"]] * length
-        while not writer.put(step, settings, lambda rows=rows: rows):
+            prompt = "".join(words.pieces(words.draw(prompts, 60))).strip() + "?"
+            right = rng.random(group_size) < step / (10 * steps + 10)
+            sizes = [tokens] * group_size if isinstance(tokens, int) else rng.integers(*tokens, group_size)
+            rows += _group(rng, words, settings, f"train.jsonl:{step + group}", prompt, right, sizes)
+        while not writer.put(step, settings, lambda rows=rows: rows):  # it gives up after two seconds
             pass
     writer.close(timeout=600)
     _metrics(folder, 10 * steps, rng, credit)
     return words
+
+
+def _settings(step: int, tau: float | None, kappa: float | None) -> dict[str, Any]:
+    """tau None: GRPO."""
+    return {
+        "step": step,
+        "algorithm": "grpo" if tau is None else "dgpo",
+        "credit": "uniform" if tau is None else "distribution",
+        "tau": tau,
+        "kappa": kappa,
+        "entropy_normalization": "log_vocab",
+        "distance": "hellinger",
+        "credit_timing": "rollout",
+        "vocab_size": VOCAB_SIZE,
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "temperature": 1.0,
+    }
+
+
+def _group(
+    rng: np.random.Generator,
+    words: Words,
+    settings: dict[str, Any],
+    prompt_id: str,
+    prompt: str,
+    right: np.ndarray,
+    sizes: Sequence[int],
+) -> list[dict[str, Any]]:
+    rows = []
+    for index, size in enumerate(sizes):
+        ids = words.draw(rng, int(size))
+        advantage = float((right[index] - right.mean()) / (right.std() + 1e-6))
+        rows.append(
+            {
+                "index": index,
+                "prompt_id": prompt_id,
+                "prompt": prompt,
+                "prompt_tokens": 60,
+                "answer": "7",
+                "extracted": "7" if right[index] else None,
+                "finish_reason": "stop" if rng.random() < 0.9 else "length",
+                "reward": float(right[index]),
+                "reward_parts": {"answered": 1.0},
+                "response": "".join(words.pieces(ids)),
+                "advantage": advantage,
+                "token_advantage": [advantage] * len(ids),
+                **response(rng, ids, settings, credit=settings["credit"] == "distribution"),
+            }
+        )
+    return rows
 
 
 def _metrics(folder: Path, steps: int, rng: np.random.Generator, credit: bool) -> None:
@@ -153,8 +187,9 @@ def _metrics(folder: Path, steps: int, rng: np.random.Generator, credit: bool) -
             rise = 1 - np.exp(-3 * step / steps)
             row = {
                 "reward": 0.2 + 0.6 * rise + rng.normal(0, 0.03), "reward/answered": 0.9 + 0.1 * rise,
-                "loss": rng.normal(0, 0.01), "entropy": 0.4 - 0.2 * rise, "response_length": 200 + 80 * rise,
-                "response_length_max": 390.0, "truncated": 0.1, "clip_fraction": abs(rng.normal(0.002, 0.001)),
+                "loss": rng.normal(0, 0.01), "entropy": 0.4 - 0.2 * rise, "truncated": 0.1,
+                "response_length": 200 + 80 * rise, "response_length_max": 390.0,
+                "clip_fraction": abs(rng.normal(0.002, 0.001)),
                 "log_prob_gap": 1e-4 * abs(rng.normal(1, 0.2)), "grad_norm": abs(rng.normal(0.3, 0.05)),
                 "tokens_per_second": 4000 + rng.normal(0, 200), "time/step": 1.8, "time/rollout": 0.9,
                 "entropy_p10": 1e-5, "entropy_p50": 1e-3, "entropy_p90": 0.7, "entropy_p99": 2.0,
@@ -169,6 +204,10 @@ def _metrics(folder: Path, steps: int, rng: np.random.Generator, credit: bool) -
             metrics.write(step, row)
             if step % max(1, steps // 6) == 0:
                 metrics.write(step, {"avg@8": 0.3 + 0.5 * rise, "pass@8": 0.8 + 0.15 * rise}, "eval")
-    advisory = {"step": steps // 2, "name": "entropy_collapse", "message": "The mean entropy fell to 0.21 nats.",
-                "suggestion": "A larger clip_high or a smaller learning rate keeps exploration alive."}  # fmt: skip
+    advisory = {
+        "step": steps // 2,
+        "name": "entropy_collapse",
+        "message": "The mean entropy fell to 0.21 nats.",
+        "suggestion": "A larger clip_high or a smaller learning rate keeps exploration alive.",
+    }
     (folder / "advisories.jsonl").write_text(json.dumps(advisory) + "\n", encoding="utf-8")

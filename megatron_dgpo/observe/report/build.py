@@ -17,6 +17,8 @@ from megatron_dgpo.observe.report.rows import Pieces, Rows
 
 _PROBES = 24
 """Responses that are encoded to guess which precision fits."""
+_MARGIN = 0.98
+"""Of the size that may be guessed: a wrong guess costs encoding all responses once more."""
 _KEYS = ("a", "b")
 
 
@@ -122,16 +124,16 @@ def _guess(runs: list[_Run], max_bytes: int, progress: Progress) -> Precision:
         progress("precision", place + 1, len(LADDER))
         pieces = Pieces()
         size = sum(len(html.chunk("a-0", rows.encode(row, precision, pieces))) for rows, row in probes)
-        if fixed + size * tokens / max(1, probed) <= max_bytes:
+        if fixed + size * tokens / max(1, probed) <= _MARGIN * max_bytes:
             return precision
     return LADDER[-1]
 
 
 def _weight_error(rows: Rows, row: int, precision: Precision) -> float:
     credit = rows.credit(row)
-    if credit is None or isinstance(precision.credit, str) or rows.settings.get("tau") is None:
+    if credit is None or not any(precision.half_steps) or rows.settings.get("tau") is None:
         return 0.0
-    return weights.error_bound(*credit, rows.settings, precision.credit / 2)
+    return weights.error_bound(*credit, rows.settings, precision.half_steps)
 
 
 def _thin(runs: list[_Run], precision: Precision, max_bytes: int) -> dict[str, dict[int, int]]:

@@ -16,7 +16,7 @@ effective_fraction, max_weight, top1_share, top10_share.
 `sample(run, step, replica, row)` is one response's bytes, in the form that `encode.py` describes. Header:
 
     {"count": T, "columns": [...], "pieces": [[token id, text], ...], "extracted", "reward_parts": {},
-     "versions": [[version, start, end]], "steps": {"sentences": [ends in tokens], "arithmetic": [...]}}
+     "versions": [[version, start, end]], "steps": {"sentences": [tokens in each], "arithmetic": [...]}}
 
 Columns: token (place in `pieces`), clipped, and, where they were recorded, distance (the one that credit
 uses) and entropy, log_prob, gap (engine's log-prob minus trainer's), ratio, token_advantage, hellinger or

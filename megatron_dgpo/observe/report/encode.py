@@ -9,8 +9,8 @@ A column is {"name", "kind", ...} and T numbers:
 | kind | data |
 |---|---|
 | const | none: every number is "value" |
-| u8, u16, u32 | T unsigned integers |
-| f32, f16 | byte planes of T floats: all lowest bytes first (they compress better apart) |
+| u8, u16, u32 | byte planes of T unsigned integers: all lowest bytes first (planes compress better apart) |
+| f32, f16 | byte planes of T floats |
 | fixed | "planes" byte planes of z; the number is "step" * z / 2, and -"step" * (z + 1) / 2 where z is odd |
 
 Shape suffix: T tokens of a response.
@@ -34,25 +34,38 @@ Encoding = Literal["f32", "f16"] | float
 class Precision:
     """How exactly the numbers of a page are kept."""
 
-    credit: Encoding
-    """Distance and entropy, from which the page computes weights."""
+    distance: Encoding
+    """With the entropy, what the page computes weights from."""
+    entropy: Encoding
     display: Encoding
     """What is only shown: log-probs, ratio, the distance that credit does not use."""
 
+    @property
+    def half_steps(self) -> tuple[float, float]:
+        """How far distance and entropy may be from the recorded ones, but for float32 itself."""
+        d, h = self.distance, self.entropy
+        return d / 2 if isinstance(d, float) else 0.0, h / 2 if isinstance(h, float) else 0.0
+
     def describe(self) -> str:
-        return f"distance and entropy: {_words(self.credit)}; numbers only shown: {_words(self.display)}"
+        return (
+            f"distance in {_words(self.distance)}, entropy in {_words(self.entropy)}, "
+            f"numbers only shown (log-probs, ratio) in {_words(self.display)}"
+        )
 
 
-EXACT = Precision("f32", "f32")
+EXACT = Precision("f32", "f32", "f32")
 LADDER = (
-    Precision("f32", "f16"),
-    Precision(2.0**-24, 2.0**-10),
-    Precision(2.0**-20, 2.0**-10),
-    Precision(2.0**-17, 2.0**-9),
-    Precision(2.0**-15, 2.0**-8),
-    Precision(2.0**-13, 2.0**-7),
+    Precision("f32", "f32", "f16"),
+    Precision(2.0**-24, 2.0**-21, 2.0**-10),
+    Precision(2.0**-20, 2.0**-17, 2.0**-10),
+    Precision(2.0**-17, 2.0**-14, 2.0**-8),
+    Precision(2.0**-16, 2.0**-13, 2.0**-7),
+    Precision(2.0**-15, 2.0**-12, 2.0**-6),
+    Precision(2.0**-14, 2.0**-11, 2.0**-6),
+    Precision(2.0**-13, 2.0**-10, 2.0**-6),
 )
-"""From exact to coarse: a report takes the first one with which it keeps to its size."""
+"""From exact to coarse: a report takes the first one with which it keeps to its size. A score is d (H / ln V)
+to a power, and ln V is about 12: an entropy's steps may be eight times a distance's."""
 
 
 def _words(encoding: Encoding) -> str:
@@ -60,7 +73,7 @@ def _words(encoding: Encoding) -> str:
         return "float32"
     if encoding == "f16":
         return "half precision"
-    return f"fixed point, steps of {encoding:.2g}"
+    return f"steps of {encoding:.2g}"
 
 
 def pack(header: Mapping[str, Any], columns: list[tuple[dict[str, Any], bytes]]) -> bytes:
@@ -76,7 +89,7 @@ def integers(name: str, values_T: NDArray[Any]) -> tuple[dict[str, Any], bytes]:
         return {"name": name, "kind": "const", "value": int(values_T[0])}, b""
     top = int(values_T.max(initial=0))
     kind, dtype = ("u8", "u1") if top < 2**8 else ("u16", "<u2") if top < 2**16 else ("u32", "<u4")
-    return {"name": name, "kind": kind}, values_T.astype(dtype).tobytes()
+    return {"name": name, "kind": kind}, _planes(values_T.astype(dtype), np.dtype(dtype).itemsize)
 
 
 def floats(name: str, values_T: NDArray[Any], encoding: Encoding) -> tuple[dict[str, Any], bytes]:

@@ -89,12 +89,12 @@ class Rows:
         credit, display = self.credit(row), precision.display
         found = []
         if credit is not None:
-            found.append(encode.floats("distance", credit[0], precision.credit))
+            found.append(encode.floats("distance", credit[0], precision.distance))
         for name in ("entropy", "log_prob", "ratio", "token_advantage", "hellinger", "reverse_kl"):
             values_T = self.numbers(name, row)
             if values_T is not None and not (credit is not None and name == self.settings["distance"]):
                 # An advantage that differs over tokens is a number that training used.
-                wanted = {"entropy": precision.credit, "token_advantage": "f32"}.get(name, display)
+                wanted = {"entropy": precision.entropy, "token_advantage": "f32"}.get(name, display)
                 found.append(encode.floats(name, values_T, wanted))
         engine_T, trainer_T = self.numbers("engine_log_prob", row), self.numbers("log_prob", row)
         if engine_T is not None and trainer_T is not None:

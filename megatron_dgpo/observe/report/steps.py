@@ -8,7 +8,7 @@ from functools import cache
 
 from nltk.tokenize.punkt import PunktSentenceTokenizer
 
-_SEPARATOR = re.compile(r"[;\n]+")
+_SEPARATOR = re.compile(r"[;\n](?:[^\S\n]*[;\n])*")
 
 
 @cache
@@ -17,21 +17,21 @@ def _punkt() -> PunktSentenceTokenizer:
 
 
 def sentences(pieces: Sequence[str]) -> list[int]:
-    """Ends of the sentences (nltk's Punkt) in tokens: the i-th one is tokens ends[i - 1] up to ends[i].
+    """Tokens in each sentence (nltk's Punkt), in order; together they are all of them.
 
     A token that reaches over a boundary belongs to the sentence of its first visible character.
     """
     text = "".join(pieces)
-    return _token_ends(pieces, text, (start for start, _ in _punkt().span_tokenize(text)))
+    return _token_counts(pieces, text, (start for start, _ in _punkt().span_tokenize(text)))
 
 
 def arithmetic(pieces: Sequence[str]) -> list[int]:
-    """Ends in tokens of the steps that line ends and ";" separate; a separator ends its step."""
+    """Tokens in each of the steps that line ends and ";" separate; a separator ends its step."""
     text = "".join(pieces)
-    return _token_ends(pieces, text, (match.end() for match in _SEPARATOR.finditer(text)))
+    return _token_counts(pieces, text, (match.end() for match in _SEPARATOR.finditer(text)))
 
 
-def _token_ends(pieces: Sequence[str], text: str, starts: Iterable[int]) -> list[int]:
+def _token_counts(pieces: Sequence[str], text: str, starts: Iterable[int]) -> list[int]:
     """starts: where parts begin in the text, ascending; what stands before the first belongs to it."""
     places, place = [], 0
     for piece in pieces:
@@ -45,4 +45,5 @@ def _token_ends(pieces: Sequence[str], text: str, starts: Iterable[int]) -> list
             token += 1
         if 0 < token < len(places) and (not ends or ends[-1] < token) and text[:start].strip():
             ends.append(token)
-    return [*ends, len(pieces)] if pieces else []
+    ends += [len(pieces)] if pieces else []
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -38,10 +38,13 @@ def weights(distance_T: NDArray[Any], entropy_T: NDArray[Any], settings: Mapping
 
 
 def error_bound(
-    distance_T: NDArray[Any], entropy_T: NDArray[Any], settings: Mapping[str, Any], half_step: float
+    distance_T: NDArray[Any],
+    entropy_T: NDArray[Any],
+    settings: Mapping[str, Any],
+    half_steps: tuple[float, float],
 ) -> float:
-    """The most that any weight can be off, relative to itself, when distance and entropy are each off by
-    at most `half_step`.
+    """The most that any weight can be off, relative to itself, when distance and entropy are off by at most
+    the two half steps.
 
     With e the largest change of a score, every exponential changes by a factor of at most exp(e / tau)
     either way, and so does their sum: |w' / w - 1| <= exp(2 e / tau) - 1.
@@ -49,8 +52,8 @@ def error_bound(
     if not distance_T.size:
         return 0.0
     d_T, h_T = distance_T.astype(np.float64), entropy_T.astype(np.float64)
-    low = scores(np.maximum(d_T - half_step, 0), np.maximum(h_T - half_step, 0), settings)
-    high = scores(d_T + half_step, h_T + half_step, settings)
+    low = scores(np.maximum(d_T - half_steps[0], 0), np.maximum(h_T - half_steps[1], 0), settings)
+    high = scores(d_T + half_steps[0], h_T + half_steps[1], settings)
     s_T = scores(d_T, h_T, settings)
     change = max(float((high - s_T).max()), float((s_T - low).max()))
     return math.expm1(min(2 * change / settings["tau"], 700.0))

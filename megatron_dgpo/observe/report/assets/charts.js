@@ -125,7 +125,7 @@ class Chart {
     const pad = log ? 0 : (high - low || Math.abs(high) || 1) * 0.06;
     const [first, last] = [this.steps[0], this.steps[this.steps.length - 1]];
     this.x = makeScale(first === last ? first - 1 : first, first === last ? last + 1 : last,
-      CHART.left, width - CHART.right, false, Math.min(6, width / 80));
+      CHART.left, width - CHART.right, false, Math.min(7, width / 60));
     this.y = makeScale(low - pad, high + pad, CHART.height - CHART.bottom, CHART.top, log, 4);
     this.floor = log ? low : -Infinity;
     this.plot.setAttribute("viewBox", `0 0 ${width} ${CHART.height}`);
@@ -191,8 +191,8 @@ class Chart {
     const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
     if (!move) return;
     event.preventDefault();
-    const at = this.at == null ? this.steps.length - 1 : this.at + move;
-    this.show(Math.min(this.steps.length - 1, Math.max(0, at)));
+    const last = this.steps.length - 1;
+    this.show(Math.min(last, Math.max(0, (this.at ?? last) + move)));
   }
 
   // at: place in steps; null shows the last values.

@@ -23,12 +23,12 @@ function creditWeights(distance, entropy, settings) {
   return out;
 }
 
-// The most that a weight can be off, relative to itself, when distance and entropy are off by halfStep.
-function creditErrorBound(distance, entropy, settings, halfStep) {
-  if (!halfStep) return 0;
+// The most that a weight can be off, relative to itself, when distance and entropy are off by halfSteps.
+function creditErrorBound(distance, entropy, settings, halfSteps) {
+  if (!halfSteps[0] && !halfSteps[1]) return 0;
   const moved = (values, by) => values.map((v) => Math.max(v + by, 0));
-  const low = creditScores(moved(distance, -halfStep), moved(entropy, -halfStep), settings);
-  const high = creditScores(moved(distance, halfStep), moved(entropy, halfStep), settings);
+  const low = creditScores(moved(distance, -halfSteps[0]), moved(entropy, -halfSteps[1]), settings);
+  const high = creditScores(moved(distance, halfSteps[0]), moved(entropy, halfSteps[1]), settings);
   const here = creditScores(distance, entropy, settings);
   let change = 0;
   for (let i = 0; i < here.length; i++) change = Math.max(change, high[i] - here[i], here[i] - low[i]);

@@ -31,11 +31,10 @@ function decodeColumn(column, bytes, count) {
   const out = new Float64Array(count);
   if (column.kind === "const") return out.fill(column.value);
   const width = columnWidth(column);
-  const planar = column.kind[0] === "f";
   const asFloat = new DataView(new ArrayBuffer(4));
   for (let i = 0; i < count; i++) {
     let z = 0;
-    for (let p = width - 1; p >= 0; p--) z = z * 256 + (planar ? bytes[p * count + i] : bytes[i * width + p]);
+    for (let p = width - 1; p >= 0; p--) z = z * 256 + bytes[p * count + i];
     if (column.kind === "f32") {
       asFloat.setUint32(0, z);
       z = asFloat.getFloat32(0);
@@ -59,13 +58,15 @@ function decodeSample(bytes, pieces) {
     at += size;
   }
   const token = Array.from(numbers.token || [], (place) => table[place]);
-  const fixed = columns.find((c) => c.name === "distance" && c.kind === "fixed")
-    || columns.find((c) => c.name === "entropy" && c.kind === "fixed");
+  const halfStep = (name) => {
+    const column = columns.find((c) => c.name === name);
+    return column && column.kind === "fixed" ? column.step / 2 : 0;
+  };
   return {
     ...header,
     numbers,
     ids: token.map((pair) => pair[0]),
     texts: token.map((pair) => pair[1]),
-    halfStep: fixed ? fixed.step / 2 : 0, // how far distance and entropy may be from the recorded ones
+    halfSteps: [halfStep("distance"), halfStep("entropy")], // how far they may be from the recorded ones
   };
 }

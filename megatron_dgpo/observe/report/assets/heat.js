@@ -68,7 +68,7 @@ class HeatPane {
     this.box = el("div", { class: "tokens", tabindex: 0, role: "application", "aria-roledescription": "token map",
       "aria-label": `${title}: ${plural(data.count, "token")}. Arrow keys move from token to token.` });
     this.summary = el("span", { class: "quiet" });
-    this.element = el("section", { class: "pane" },
+    this.element = el("section", { class: uniform ? "pane uniform" : "pane" },
       el("h4", {}, el("span", { class: "pane-title", text: title }), " ", this.summary), this.box);
     this.spans = data.texts.map((text, i) => {
       const span = appendText(el("span", { class: text.includes("\n") ? "tok nl" : "tok" }), text);

@@ -123,11 +123,11 @@ class SampleView {
   drawSteps() {
     if (!this.main) return;
     const kind = document.querySelector("input[name=steps]:checked").value;
-    const ends = this.data.steps[kind] || [];
     const { weights, data } = this.main;
     const total = sumOf(weights) || 1;
     let start = 0;
-    const steps = ends.map((end) => {
+    const steps = (this.data.steps[kind] || []).map((tokens) => {
+      const end = start + tokens;
       const step = { start, end, share: sumOf(weights.subarray(start, end)) / total, even: (end - start) / data.count };
       start = end;
       return step;

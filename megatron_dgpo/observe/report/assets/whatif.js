@@ -85,7 +85,7 @@ class WhatIf {
     drawCurve(trained, moved);
     const used = { ...this.item.settings, ...this.settings };
     const { distance, entropy } = this.data.numbers;
-    const bound = creditErrorBound(distance, entropy, used, this.data.halfStep);
+    const bound = creditErrorBound(distance, entropy, used, this.data.halfSteps);
     $("bound").hidden = !bound;
     $("bound").textContent = `Distance and entropy are rounded to fit this file. With these settings a weight of this `
       + `response is off by at most ${bound > 1 ? "more than its own size" : `${number(100 * bound, 2)}% of itself`}.`;
