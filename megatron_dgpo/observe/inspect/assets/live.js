@@ -1,7 +1,7 @@
 // Follows the runs of the page. What is open, filtered or scrolled to stays as it is.
 
-const NEWS_MS = { running: 2000, other: 10000 };
-const live = { states: new Map(), charts: [], silent: false, drawn: "" };
+const NEWS_MS = { running: 1000, other: 5000 };
+const live = { states: new Map(), drawn: "" };
 
 const wait = (ms) => new Promise((done) => setTimeout(done, ms));
 const seen = () => new Promise((done) => {
@@ -22,37 +22,6 @@ function showState() {
   $("live-dot").dataset.state = first.problem ? "silent" : first.summary?.state || "";
   const text = texts.filter(Boolean).join(" · ");
   if ($("live-text").textContent !== text) $("live-text").textContent = text;
-}
-
-// The report's charts with new values; a chart keeps its place and what is read off it.
-function drawCharts(runs) {
-  const { charts, more } = allCharts(runs);
-  const known = new Map(live.charts.map((chart) => [chart.title, chart]));
-  const make = (list) => list.map(([title, names, options]) => {
-    const series = chartSeries(names, runs);
-    const chart = known.get(title);
-    if (!chart || !series.length) return new Chart(title, names, options, runs);
-    chart.series = series;
-    chart.steps = [...new Set(series.flatMap((one) => one.steps))].sort((a, b) => a - b);
-    return chart;
-  }).filter((chart) => chart.series.length);
-  const [main, rest] = [make(charts), make(more)];
-  for (const [id, list] of [["charts", main], ["more-charts", rest]]) {
-    const elements = list.map((chart) => chart.element);
-    const box = $(id);
-    if (elements.length !== box.children.length || elements.some((one, i) => one !== box.children[i])) {
-      box.replaceChildren(...elements);
-    }
-  }
-  $("more").hidden = !rest.length;
-  $("no-metrics").hidden = main.length + rest.length > 0;
-  live.charts = [...main, ...rest];
-  drawWhenSeen(live.charts.filter((chart) => !known.has(chart.title)));
-  for (const chart of live.charts) {
-    chart.width = 0; // so that it draws again
-    chart.draw();
-    chart.show(chart.at);
-  }
 }
 
 function takeItems(runs) {
@@ -78,7 +47,7 @@ function takeItems(runs) {
 
 function redraw(runs) {
   header(runs);
-  drawCharts(runs);
+  buildCharts(runs);
   takeItems(runs);
   const rest = JSON.stringify(runs.map(({ overview }) => [overview.advisories, overview.warnings]));
   if (rest === live.drawn) return;

@@ -1,6 +1,6 @@
 // The list of runs.
 
-const LIST_MS = 4000;
+const LIST_MS = 2000;
 const rows = new Map(); // name -> row
 const chosen = new Set();
 

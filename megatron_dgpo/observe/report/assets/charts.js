@@ -234,15 +234,33 @@ function drawWhenSeen(charts) {
   for (const chart of charts) seen.observe(chart.plot);
 }
 
+let drawnCharts = [];
+
+// May be called again with more values: a chart keeps its place and what is read off it.
 function buildCharts(runs) {
+  const known = new Map(drawnCharts.map((chart) => [chart.title, chart]));
+  const make = (list) => list.map((c) => {
+    const made = new Chart(...c, runs);
+    const old = known.get(made.title);
+    if (old && made.series.length) Object.assign(old, { series: made.series, steps: made.steps, width: 0 });
+    return old ?? made;
+  }).filter((c) => c.series.length);
   const { charts, more } = allCharts(runs);
-  const make = (list) => list.map((c) => new Chart(...c, runs)).filter((c) => c.series.length);
   const [main, rest] = [make(charts), make(more)];
-  $("charts").replaceChildren(...main.map((c) => c.element));
-  $("more-charts").replaceChildren(...rest.map((c) => c.element));
+  for (const [id, list] of [["charts", main], ["more-charts", rest]]) {
+    const there = $(id).children;
+    if (list.length !== there.length || list.some((c, i) => c.element !== there[i])) {
+      $(id).replaceChildren(...list.map((c) => c.element));
+    }
+  }
   $("more").hidden = !rest.length;
   $("no-metrics").hidden = main.length + rest.length > 0;
-  drawWhenSeen([...main, ...rest]);
+  drawnCharts = [...main, ...rest];
+  drawWhenSeen(drawnCharts.filter((chart) => !known.has(chart.title)));
+  for (const chart of drawnCharts.filter((one) => known.has(one.title))) {
+    chart.draw();
+    chart.show(chart.at);
+  }
 }
 
 function buildAdvisories(runs) {
