@@ -212,7 +212,7 @@ def test_new_runs_appear_in_the_list(visit: Callable[..., Any], root: Path) -> N
     page.wait_for_selector("html[data-ready] #live-dot[data-state='running']")
     assert text(page, "#title") == "new <b>run</b>"
     page.click("#to-samples")
-    assert page.locator("#no-samples").is_visible()
+    page.locator("#no-samples").wait_for()
     write_credit(root / "new <b>run</b>", 1)  # its first samples come
     wait(page, "document.querySelector('#count').textContent === '4 samples'")
     assert page.locator("#list .row").count() == 4
