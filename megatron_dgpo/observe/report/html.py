@@ -31,36 +31,29 @@ def script() -> str:
     return '"use strict";\n(() => {\n' + "\n".join(map(asset, SCRIPTS)) + "})();\n"
 
 
-def policy(*, connect: bool = False) -> str:
-    """The content security policy. connect: the page may ask the server that it came from for data."""
+def policy() -> str:
+    """The content security policy."""
     return "; ".join(
         [
             "default-src 'none'",
             f"script-src '{_hash(script())}'",
             f"style-src '{_hash(asset('page.css'))}'",
             "img-src data:",
-            *(["connect-src 'self'"] if connect else []),
             "base-uri 'none'",
             "form-action 'none'",
         ]
     )
 
 
-def document(
-    title: str, source: Mapping[str, Any], chunks: Iterable[str] = (), *, connect: bool = False
-) -> Iterable[str]:
+def document(title: str, source: Mapping[str, Any], chunks: Iterable[str] = ()) -> Iterable[str]:
     """The document in pieces.
 
     Args:
-        source: {"kind": "embedded", "runs": [{}, ...]} for data in `chunks`, or
-            {"kind": "fetch", "runs": [{"base": url}, ...]} for a server's (source.js says of which form); one
-            run or two.
+        source: {"kind": "embedded", "runs": [{}, ...]}; one run or two.
         chunks: what `chunk` made. The run's key in the page is "a", that of the run beside it "b".
-        connect: as in `policy`.
     """
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    allowed = html.escape(policy(connect=connect), quote=True)
-    yield f'<meta http-equiv="Content-Security-Policy" content="{allowed}">\n'
+    yield f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy(), quote=True)}">\n'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
     yield '<meta name="referrer" content="no-referrer">\n<link rel="icon" href="data:,">\n'
     yield f"<title>{html.escape(title)}</title>\n<style>{asset('page.css')}</style>\n</head>\n<body>\n"

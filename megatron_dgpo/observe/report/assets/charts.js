@@ -1,6 +1,6 @@
 // Curves of a run's metrics: small SVG charts with ticks, hover values, evaluations as points, advisories.
 
-const CHART = { height: 190, left: 50, right: 12, top: 14, bottom: 26 };
+const CHART = { height: 190, left: 56, right: 12, top: 14, bottom: 26 };
 
 // [title, [metrics], options]; a chart without any of its metrics is left out.
 const CHARTS = [
@@ -210,7 +210,7 @@ class Chart {
       if (place < 0 && at == null) place = series.steps.length - 1;
       if (place < 0 && series.points) continue;
       const value = place < 0 ? null : series.values[place];
-      const label = [this.runs.length > 1 ? series.run.overview.run : "", series.label].filter(Boolean).join(" ");
+      const label = [this.runs.length > 1 ? series.run.key.toUpperCase() : "", series.label].filter(Boolean).join(" ");
       parts.push(el("span", { class: `value ${series.colour}` }, el("i", { class: `dash-${series.place % 4}` }),
         `${label ? `${label} ` : ""}${number(value)}`));
       if (this.cursor && at != null && Number.isFinite(value)) {

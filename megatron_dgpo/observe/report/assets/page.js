@@ -12,6 +12,7 @@ function makeRuns(config) {
 
 function header(runs) {
   $("title").replaceChildren(...runs.flatMap((run, i) => [i ? el("span", { class: "quiet", text: " and " }) : "",
+    runs.length > 1 ? el("span", { class: `run-tag run-${run.key}`, text: `${run.key.toUpperCase()} ` }) : "",
     el("bdi", { class: runs.length > 1 ? `run-name run-${run.key}` : "", text: oneLine(run.overview.run) })]));
   const tiles = [];
   for (const run of runs) {
@@ -32,8 +33,9 @@ function header(runs) {
       [run, "Effective fraction", span("credit_effective_fraction", percent)],
       [run, "Samples", samples.row.length ? count(samples.row.length) : null]);
   }
-  $("tiles").replaceChildren(...tiles.filter(([, , value]) => value != null).map(([run, name, value]) =>
-    el("div", { class: runs.length > 1 ? `tile run-${run.key}` : "tile" }, el("dt", { text: name }), el("dd", { text: value }))));
+  $("tiles").replaceChildren(...runs.map((run) => el("dl", { class: "tiles" },
+    ...tiles.filter(([of, , value]) => of === run && value != null).map(([, name, value]) =>
+      el("div", { class: runs.length > 1 ? `tile run-${run.key}` : "tile" }, el("dt", { text: name }), el("dd", { text: value }))))));
 }
 
 function notes(runs) {
@@ -103,6 +105,9 @@ async function start() {
   window.addEventListener("hashchange", route);
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !$("tip").hidden) $("tip").hidden = true;
+  });
+  document.addEventListener("pointerdown", (event) => {
+    if (!event.target.closest(".tok")) $("tip").hidden = true;
   });
   $("loading").hidden = true;
   $("content").hidden = false;

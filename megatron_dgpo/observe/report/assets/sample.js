@@ -17,7 +17,10 @@ class SampleView {
       this.rebuild();
     });
     for (const input of document.querySelectorAll("input[name=steps]")) {
-      input.addEventListener("change", () => this.drawSteps());
+      input.addEventListener("change", () => {
+        this.stepsChosen = true;
+        this.drawSteps();
+      });
     }
   }
 
@@ -41,6 +44,11 @@ class SampleView {
     this.facts();
     this.besideChoices();
     this.whatIf.open(item, data);
+    if (!this.stepsChosen) { // a response of one sentence may be worked in many steps
+      const { sentences, arithmetic } = data.steps;
+      const kind = sentences.length < 2 && arithmetic.length > 1 ? "arithmetic" : "sentences";
+      document.querySelector(`input[name=steps][value=${kind}]`).checked = true;
+    }
     await this.rebuild();
   }
 

@@ -1,4 +1,5 @@
-// Where a run's data comes from. A source has overview() and sample(n), n a place in overview.samples.
+// Where a run's data comes from. A source has overview() and sample(n), n a place in overview.samples. The live
+// inspector has a file of its own in the place of this one, with a FetchSource.
 
 class EmbeddedSource {
   constructor(prefix) {
@@ -19,30 +20,5 @@ class EmbeddedSource {
 
   async sample(n) {
     return decodeSample(await this.chunk(n), this.pieces);
-  }
-}
-
-// base + "/overview" is JSON; base + "/sample?step=&replica=&row=" one response's bytes.
-class FetchSource {
-  constructor(base) {
-    this.base = base;
-  }
-
-  async get(path) {
-    const answer = await fetch(this.base + path);
-    if (!answer.ok) throw new Error(`${answer.status}: ${(await answer.text()).slice(0, 500)}`);
-    return answer;
-  }
-
-  async overview() {
-    this.last = await (await this.get("/overview")).json();
-    return this.last;
-  }
-
-  async sample(n) {
-    const file = this.last.files[this.last.samples.file[n]];
-    const row = this.last.samples.row[n];
-    const answer = await this.get(`/sample?step=${file.step}&replica=${file.replica}&row=${row}`);
-    return decodeSample(new Uint8Array(await answer.arrayBuffer()), null);
   }
 }
