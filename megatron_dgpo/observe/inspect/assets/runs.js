@@ -19,7 +19,7 @@ function makeRow(name) {
     else chosen.delete(name);
     showCompare();
   } });
-  const cells = { state: cell("run-state"), step: cell("run-step"), reward: cell("right"), held: cell("right"), written: cell("right quiet") };
+  const cells = { state: cell("run-state"), step: cell("run-step"), reward: cell("num"), held: cell("num"), written: cell("num quiet") };
   const link = el("a", { href: runHref(name) }, el("bdi", { text: oneLine(name) }));
   const problem = el("p", { class: "problem", hidden: true });
   const element = el("tr", {}, el("td", {}, box), el("th", { scope: "row" }, link, problem), ...Object.values(cells));
