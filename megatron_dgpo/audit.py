@@ -177,7 +177,7 @@ def _row(chosen: Chosen, found: dict[str, np.ndarray], settings: dict[str, Any])
         "reward_parts": s.reward_parts,
         "advantage": s.advantage,
         "token_id": s.token_ids,
-        "version": np.concatenate([np.full(v.end - v.start, v.version) for v in s.weight_versions]),
+        "version": [v.version for v in s.weight_versions for _ in range(v.start, v.end)],
         "entropy_normalized": normalized_entropy(entropy, settings["vocab_size"]).numpy(),
         "token_advantage": np.full(count, s.advantage),
         "score": None,

@@ -204,6 +204,7 @@ def test_two_runs_side_by_side(visit: Visit, dgpo: Made, compared: Made) -> None
     mine, theirs = list(credit_log.rows(dgpo.run)), list(credit_log.rows(compared.run))
     page = visit(compared.report).page
     chart = page.locator(".chart", has_text="Reward").first
+    chart.locator(".line").first.wait_for(state="attached")  # a chart is drawn when it comes into view
     assert chart.locator(".line.run-a path").count() == chart.locator(".line.run-b path").count() == 1
     chart.locator("svg").focus()
     page.keyboard.press("Home")
