@@ -109,7 +109,7 @@ def test_two_runs_beside_each_other(visit: Callable[..., Any]) -> None:
         page.locator("#runs tr", has_text=f"seed1/{name}").locator("input").check()
     page.click("#compare")
     page.wait_for_selector("html[data-ready] #live-dot[data-state='finished']")
-    assert text(page, "#title") == "quickstart/seed1/dgpo and quickstart/seed1/grpo"
+    assert text(page, "#title") == "A quickstart/seed1/dgpo and B quickstart/seed1/grpo"
     page.click("#to-samples")
     wait(page, "document.querySelector('#count').textContent === '16 samples'")
 
