@@ -1,0 +1,1 @@
+"""The credit report: a run's folder as the data of a page, and the page."""
