@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spawn import run_ranks
 from test_training import settings, train
 from tiny import VOCAB, hf_model, write_model, write_tokenizer
 
+from megatron_dgpo.audit import _draw
 from megatron_dgpo.config import Config
 from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.samples import read_samples
@@ -184,6 +186,18 @@ def test_rows_are_the_samples_of_whole_groups(runs: dict[str, Config]) -> None:
         **{"kappa": KAPPA, "entropy_normalization": "log_vocab", "distance": "hellinger"},
         **{"credit_timing": "rollout", "vocab_size": VOCAB, **CLIP, "temperature": TEMPERATURE},
     }
+
+
+def test_every_step_and_seed_draws_other_groups() -> None:
+    names = [f"train:{i}" for i in range(12)]
+
+    def first(seed: int, step: int) -> str:
+        return min(names, key=lambda name: _draw(seed, step, name))
+
+    found = [(seed, step) for seed in range(20) for step in range(1, 21)]
+    counts = Counter(first(*place) for place in found)
+    assert set(counts) == set(names) and max(counts.values()) < 3 * len(found) / len(names)
+    assert len({first(1, step) for step in range(20)}) > 5 and len({first(seed, 1) for seed in range(20)}) > 5
 
 
 def test_statistics_are_those_of_transformers(runs: dict[str, Config]) -> None:

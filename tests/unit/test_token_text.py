@@ -101,6 +101,10 @@ def test_long_text_takes_few_calls() -> None:
         calls += len(ids)
         return DECODE(ids)
 
+    ids = [BYTES.index(x) for x in "a" * 1000 + "ðŁĺĢ" + "b" * 1000]
+    assert TokenText(decode).pieces(ids)[999:1005] == ["a", "😀", "", "", "", "b"]
+    assert calls < 1.1 * len(ids)  # once, and the face
+    calls = 0
     ids = [BYTES.index(x) for x in "ðŁĺĢa" * 100] + [BYTES.index("Ģ")] * 1000
     pieces = TokenText(decode).pieces(ids)
     assert "".join(pieces) == "😀a" * 100 + "�" * 1000
