@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench.made_run import VOCAB_SIZE, make_run, response
-from conftest import Made
+from reports import Made
 
 from megatron_dgpo.algorithms.credit import credit_weights
 from megatron_dgpo.observe import credit_log
