@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bench.made_run import make_run
+from reports import Made
 
 from megatron_dgpo.observe.report.build import build
 
@@ -63,12 +64,6 @@ def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
 def _request(opened: Opened, url: str) -> None:
     if not url.startswith(("file:", "data:")):
         opened.wrong.append(f"asked for {url}")
-
-
-@dataclass
-class Made:
-    run: Path
-    report: Path
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bench.made_run import VOCAB_SIZE, make_run, response
-from conftest import Made
+from reports import Made
 
 from megatron_dgpo.algorithms.credit import credit_weights
 from megatron_dgpo.observe import credit_log
@@ -80,7 +80,7 @@ def test_hovering_shows_the_tokens_values(visit: Visit, dgpo: Made) -> None:
 
 
 def test_tokens_by_keyboard_and_touch(visit: Visit, dgpo: Made) -> None:
-    page = visit(dgpo.report, "#sample-a7", width=390, height=844, has_touch=True).page
+    page = visit(dgpo.report, "#sample-a7", width=390, height=400, has_touch=True).page
     page.wait_for_selector(f"{MAIN}.tok")
     page.tap(f"{MAIN}.tok[data-i='4']")
     assert tip(page)["Position"].startswith("5 of ")
@@ -89,6 +89,12 @@ def test_tokens_by_keyboard_and_touch(visit: Visit, dgpo: Made) -> None:
     for key, place in (("Home", 1), ("ArrowRight", 2), ("ArrowDown", 12), ("ArrowLeft", 11)):
         page.keyboard.press(key)
         assert tip(page)["Position"].startswith(f"{place} of ")
+    page.keyboard.press("End")  # scrolls
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    last = page.locator(MAIN + ".tok").count()
+    assert page.is_visible("#tip") and tip(page)["Position"] == f"{last} of {last}"
+    tops = page.eval_on_selector_all("#panes .tokens", "boxes => boxes.map(box => box.scrollTop)")
+    assert tops[0] == pytest.approx(tops[1], abs=2) and tops[0] > 0  # GRPO's beside it goes along
     page.keyboard.press("Escape")
     assert page.is_hidden("#tip")
 

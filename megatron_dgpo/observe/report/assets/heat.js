@@ -86,7 +86,6 @@ class HeatPane {
     this.box.addEventListener("focus", () => this.box.matches(":focus-visible") && this.at(this.place ?? 0));
     this.box.addEventListener("blur", () => this.leave());
     this.box.addEventListener("keydown", (event) => this.key(event));
-    this.box.addEventListener("scroll", () => this.leave(), { passive: true });
   }
 
   // settings of the sliders; null: as trained.
@@ -148,7 +147,23 @@ function showTip(span, pane, i) {
   tip.replaceChildren(text, el("dl", {}, ...tokenFacts(pane, i).flatMap(([name, value]) => [
     el("dt", { text: name }), el("dd", { "data-name": name, text: value })])));
   tip.hidden = false;
+  tipOf = { span, box: pane.box };
+  placeTip();
+}
+
+let tipOf = null; // the token that the tip belongs to
+
+// Beside its token; gone where the token is scrolled out of sight.
+function placeTip() {
+  const tip = $("tip");
+  if (tip.hidden || !tipOf) return;
+  const { span, box } = tipOf;
   const place = span.getClientRects()[0] || span.getBoundingClientRect();
+  const frame = box.getBoundingClientRect();
+  if (place.bottom < Math.max(0, frame.top) || place.top > Math.min(window.innerHeight, frame.bottom)) {
+    tip.hidden = true;
+    return;
+  }
   const [width, height] = [tip.offsetWidth, tip.offsetHeight];
   const below = place.bottom + 8 + height < window.innerHeight;
   tip.style.left = `${Math.max(8, Math.min(place.left, window.innerWidth - width - 8))}px`;

@@ -106,6 +106,7 @@ async function start() {
   document.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && !$("tip").hidden) $("tip").hidden = true;
   });
+  document.addEventListener("scroll", placeTip, { capture: true, passive: true });
   document.addEventListener("pointerdown", (event) => {
     if (!event.target.closest(".tok")) $("tip").hidden = true;
   });

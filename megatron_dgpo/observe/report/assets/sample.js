@@ -108,6 +108,7 @@ class SampleView {
     $("panes").replaceChildren(...panes.map((pane) => pane.element));
     $("panes").classList.toggle("two", panes.length > 1);
     $("tip").hidden = true;
+    if (panes.length > 1 && panes[0].item === panes[1].item) scrollTogether(panes.map((pane) => pane.box));
     this.recompute(this.whatIf.settings);
   }
 
@@ -157,6 +158,14 @@ class SampleView {
         el("span", { class: "track" }, bar, tick));
     }));
   }
+}
+
+// The same response twice: what is read on one side is in view on the other.
+function scrollTogether(boxes) {
+  boxes.forEach((box, i) => box.addEventListener("scroll", () => {
+    const other = boxes[1 - i];
+    if (Math.abs(other.scrollTop - box.scrollTop) > 1) other.scrollTop = box.scrollTop;
+  }, { passive: true }));
 }
 
 function clear(id) {
