@@ -143,6 +143,12 @@ def test_a_run_is_followed_without_a_reload(visit: Callable[..., Any], root: Pat
     assert page.evaluate("[scrollY, document.querySelector('figure.chart') === window.chart]") == [150, True]
     assert "<script>" in text(page, "#advisory-list") and page.title() == "under-way"
 
+    # Rows that come twice, as those written while the page was being made do.
+    page.evaluate("window.report.page.runs[0].source.cursors.metrics = '0-00000000'")
+    append(run / "metrics.jsonl", metrics_row(5) | {"reward": 0.345})
+    wait(page, "document.querySelector('figure.chart').textContent.includes('0.345')")
+    assert page.evaluate("window.report.page.runs[0].overview.metrics.train.step") == [1, 2, 3, 4, 5]
+
     # A sample is open, the list is scrolled and filtered, and files come, go and are damaged.
     page.click("#to-samples")
     wait(page, "document.querySelector('#count').textContent === '24 samples'")

@@ -372,6 +372,21 @@ def test_every_damage_to_a_file_is_an_answer(tmp_path: Path) -> None:
     assert damaged > 10
 
 
+def test_a_file_of_another_hand_is_named(server: Server, root: Path) -> None:
+    """Readable Parquet of the right columns, which no run writes."""
+    run = write_run(root / "foreign", credit=(1,))
+    write_credit(run, 2, [{**response(2, 0), "token_id": None, "token_text": None}])
+    write_credit(run, 3, [{**response(3, 0), "entropy": [0.1], "token_text": ["a"]}])
+    overview = server.get("/api/overview", {"run": "foreign"}).json
+    assert [file["step"] for file in overview["files"]] == [1, 3]
+    (warning,) = overview["warnings"]
+    assert warning.startswith("foreign/credit/step_000002-replica0.parquet: cannot be read as a credit log: ")
+    for step in (2, 3):
+        answer = server.get("/api/sample", {"run": "foreign", "step": step, "replica": 0, "row": 0})
+        refused(answer, 422)
+        assert f"foreign/credit/step_{step:06d}-replica0.parquet: cannot be read" in answer.error
+
+
 def test_a_torn_line_and_a_damaged_one(server: Server, root: Path) -> None:
     run = write_run(root / "torn", credit=())
     with (run / "metrics.jsonl").open("a") as file:
