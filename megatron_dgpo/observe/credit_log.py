@@ -79,9 +79,18 @@ def schema(settings: Mapping[str, Any] | None = None) -> Any:
 
 
 def files(run: str | Path) -> list[Path]:
-    """The complete files of a run, by step and replica."""
-    found = [(place, path) for path in Path(run, FOLDER).glob("step_*.parquet") if (place := _place(path))]
+    """The complete files of a run, by step and replica; none where there is no log."""
+    found = [(place, path) for path in _entries(run) if (place := _place(path))]
     return [path for _, path in sorted(found)]
+
+
+def _entries(run: str | Path) -> list[Path]:
+    """Not `Path.glob`, which raises where the folder goes while it is looked at."""
+    folder = Path(run, FOLDER)
+    try:
+        return [folder / name for name in os.listdir(folder)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def step_of(path: Path) -> int:
@@ -139,7 +148,7 @@ def rows(run: str | Path, steps: Collection[int] | None = None) -> Iterator[dict
 def truncate_after(run: str | Path, step: int) -> None:
     """Remove what a run that resumes from `step` writes again: files of later steps, and those that a
     killed writer left unfinished. Safe to call on several ranks."""
-    for path in Path(run, FOLDER).glob("step_*"):
+    for path in _entries(run):
         place = _place(path.with_name(path.name.removesuffix(_PARTIAL)))
         if place is not None and (place[0] > step or path.name.endswith(_PARTIAL)):
             path.unlink(missing_ok=True)

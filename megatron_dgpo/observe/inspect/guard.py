@@ -101,6 +101,8 @@ def middleware(host: str) -> Any:
             return _refused(request, error)
         except web.HTTPException as error:
             return refusal(error.status, f"{error.status}: {error.reason}".replace("\n", " "))
+        except FileNotFoundError:
+            return refusal(404, "what was asked for went away while it was read")
         except Exception as error:
             # repr: what the client sent cannot begin a line of its own in the log.
             log.error("%s %r: %s: %r", request.method, request.path_qs, type(error).__name__, str(error))
