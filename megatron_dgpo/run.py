@@ -360,7 +360,8 @@ def _what_to_open(config: AnyConfig, folder: RunFolder) -> Iterator[tuple[str, s
     if isinstance(config, Config):
         if config.observe.samples_per_step:
             yield "samples", str(folder.path / "samples")
-        yield "credit, in one page", f"python tools/credit_report.py {folder.path}"
+        if config.observe.credit_every:
+            yield "credit, in one page", f"python tools/credit_report.py {folder.path}"
         yield "all runs, in a browser", f"python -m megatron_dgpo.observe.inspect {folder.path.parent}"
     yield "checkpoints", str(folder.checkpoints.folder)
     if config.checkpoint.export_hf:

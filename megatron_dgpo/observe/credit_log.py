@@ -13,6 +13,7 @@ import os
 import queue
 import re
 import threading
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,7 @@ class CreditWriter:
         self._pieces = pieces
         self._max_bytes = max_bytes
         self._said: set[str] = set()
+        self._behind = False
         self._queue: queue.Queue[tuple[int, Mapping[str, Any], Callable[[], Rows]] | None]
         self._queue = queue.Queue(maxsize=_WAITING_STEPS)
         # A daemon: a disk that hangs does not keep the process from ending.
@@ -208,19 +210,23 @@ class CreditWriter:
         no reason to lose one.
         """
         try:
-            self._queue.put((step, settings, rows), timeout=_PATIENCE_SECONDS)
+            # Once it was too slow nothing is waited for until it has caught up.
+            self._queue.put((step, settings, rows), timeout=0 if self._behind else _PATIENCE_SECONDS)
+            self._behind = False
         except queue.Full:
+            self._behind = True
             self._say_once("slow", f"{self._folder} takes longer than the steps do; step {step} is left out")
             return False
         return True
 
     def close(self, timeout: float = 60.0) -> None:
         """Wait until everything is written, at most so many seconds."""
+        end = time.monotonic() + timeout
         try:
             self._queue.put(None, timeout=timeout)
         except queue.Full:
             pass
-        self._thread.join(timeout)
+        self._thread.join(max(0.0, end - time.monotonic()))
         if self._thread.is_alive():
             self._say_once("close", f"{self._folder} is not complete: still writing after {timeout:g} s")
 

@@ -36,7 +36,7 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter: brackets nested without end
             row = None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -336,6 +338,17 @@ def test_nothing_is_wider_than_the_screen(visit: Visit, compared: Made, width: i
         if "sample-" in place:
             page.wait_for_selector(f"{MAIN}.tok")
         assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth"), place
+
+
+def test_numbers_that_differ_by_rounding_alone_have_a_chart(visit: Visit, tmp_path: Path) -> None:
+    """Ticks between neighbouring floats would never come to an end."""
+    rates = [0.01, math.nextafter(0.01, 1)] * 3
+    rows = [{"step": n, "phase": "train", "learning_rate": rate} for n, rate in enumerate(rates)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build([tmp_path], tmp_path / "report.html", max_bytes=1_000_000)
+    page = visit(tmp_path / "report.html").page
+    assert "Learning rate" in page.text_content("body") and "0.01" in page.text_content("body")
+    assert page.locator("svg text").count() < 40
 
 
 def test_runs_without_steps_or_samples(visit: Visit, tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_dgpo.observe import metrics
+
+T = TypeVar("T")
 
 DEPTH = 6
 """Levels below the runs folder that are looked at; a run of the quick start is three below."""
@@ -182,13 +184,13 @@ def summary(run: Found, held: set[tuple[int, int]], now: float | None = None) ->
         "updated": updated,
         "step": step,
         "steps": steps,
-        "reward": train.get("reward"),
-        "evaluation": {name: evaluation[name] for name in scores} or None,
+        "reward": _number(train, "reward", None),
+        "evaluation": {n: v for n in scores if (v := _number(evaluation, n, None)) is not None} or None,
         "problem": trouble or problem,
     }
 
 
-def _number(row: dict[str, Any], name: str, otherwise: float) -> float:
+def _number(row: dict[str, Any], name: str, otherwise: T) -> float | T:
     value = row.get(name)
     return float(value) if isinstance(value, (int, float)) else otherwise
 
@@ -205,7 +207,7 @@ def _last_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     for line in reversed(pieces):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):
             rows.append(row)
@@ -217,7 +219,7 @@ def _last_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
 def _steps(path: Path) -> tuple[int | None, str | None]:
     try:
         steps = tomllib.loads(path.read_text(encoding="utf-8")).get("train", {}).get("steps")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         return None, f"{path.name} cannot be read: {str(error).splitlines()[0]}"
     return (steps, None) if isinstance(steps, int) else (None, None)
 

@@ -167,7 +167,10 @@ class Views:
     def _file(self, run: Found, step: int, replica: int) -> Path:
         """A file of the credit log. Raises Refused where it is not there or a link."""
         path = run.folder / credit_log.FOLDER / f"step_{step:06d}-replica{replica}.parquet"
-        return self._folder.inside(path, f"{run.name} has no {credit_log.FOLDER}/{path.name}")
+        missing = f"{run.name} has no {credit_log.FOLDER}/{path.name}"
+        if not self._folder.inside(path, missing).is_file():  # a pipe's reader waits for ever
+            raise Refused(404, missing)
+        return path
 
     def _index(self, path: Path) -> data.FileIndex:
         """`report.data.file_index`, remembered. Raises FileNotFoundError, and ValueError naming the file."""

@@ -31,7 +31,7 @@ function niceTicks(low, high, wanted) {
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
   const out = [];
-  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9; k++) out.push(k * step);
+  for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9 && out.length < 50; k++) out.push(k * step);
   return out;
 }
 
@@ -122,7 +122,10 @@ class Chart {
     const positive = shown.filter((v) => v > 0);
     const log = Boolean(this.options.log) && positive.length > 0 && high / positive.reduce((a, b) => Math.min(a, b)) > 50;
     if (log) low = Math.max(positive.reduce((a, b) => Math.min(a, b)), high * 1e-8);
-    const pad = log ? 0 : (high - low || Math.abs(high) || 1) * 0.06;
+    // Numbers that differ by rounding alone are one number: ticks between them could not be told apart.
+    const size = Math.max(Math.abs(low), Math.abs(high));
+    const range = high - low > size * 1e-9 ? high - low : size || 1;
+    const pad = log ? 0 : range * 0.06;
     const [first, last] = [this.steps[0], this.steps[this.steps.length - 1]];
     this.x = makeScale(first === last ? first - 1 : first, first === last ? last + 1 : last,
       CHART.left, width - CHART.right, false, Math.min(7, width / 60));

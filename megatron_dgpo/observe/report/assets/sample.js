@@ -99,9 +99,10 @@ class SampleView {
     if (beside === "uniform") panes.unshift(new HeatPane(item, data, { uniform: true, title: "GRPO" }));
     else if (beside) {
       const other = this.items.find((one) => one.key === beside);
-      const theirs = await other.run.source.sample(other.n);
+      // A sample that is there no more, as a run under way may thin its log, has nothing beside it.
+      const theirs = await other.run.source.sample(other.n).catch(() => null);
       if (opening !== this.opening || beside !== $("beside").value) return;
-      panes.push(new HeatPane(other, theirs, { title: item.run.several ? `${other.run.overview.run}, step ${other.step}` : `Step ${other.step}, sample ${other.index}` }));
+      if (theirs) panes.push(new HeatPane(other, theirs, { title: item.run.several ? `${other.run.overview.run}, step ${other.step}` : `Step ${other.step}, sample ${other.index}` }));
     }
     this.panes = panes;
     this.main = panes.find((pane) => !pane.uniform);
