@@ -12,17 +12,27 @@ from typing import Any
 
 def dump(row: dict[str, Any]) -> str:
     """One line of strict JSON with its newline; NaN and infinities become null."""
-    return json.dumps(_strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    return json.dumps(strict(row), ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def _strict(value: Any) -> Any:
+def strict(value: Any) -> Any:
+    """The same with None for NaN and infinities, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _strict(v) for k, v in value.items()}
+        return {k: strict(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_strict(v) for v in value]
+        return [strict(v) for v in value]
     return value
+
+
+def parse(line: bytes) -> dict[str, Any] | None:
+    """A line's object; None for anything else."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # the latter: brackets nested without end
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
@@ -34,11 +44,8 @@ def read(path: str | Path) -> list[dict[str, Any]]:
     rows = []
     lines = Path(path).read_bytes().split(b"\n")
     for number, line in enumerate(lines[:-1], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):  # the latter: brackets nested without end
-            row = None
-        if not isinstance(row, dict):
+        row = parse(line)
+        if row is None:
             raise ValueError(f"{path}, line {number}: not a JSON object: {line[:80]!r}")
         rows.append(row)
     return rows

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
+
+from megatron_dgpo.observe import jsonl
 
 START = "0-00000000"
 """The cursor of who knows nothing."""
@@ -65,11 +66,8 @@ def _rows(file: IO[bytes], name: str, offset: int, restart: bool) -> News:
         content = b""
     rows = []
     for line in content[:end].split(b"\n")[:-1]:
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = jsonl.strict(jsonl.parse(line))
+        if row is not None and isinstance(row.get("step"), int):
             rows.append(row)
         else:
             problems.append(f"{name}: a line is left out, since it is no row with a step: {line[:40]!r}")

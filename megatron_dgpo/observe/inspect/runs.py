@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import tomllib
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_dgpo.observe import metrics
+from megatron_dgpo.observe import jsonl, metrics
 
 T = TypeVar("T")
 
@@ -205,11 +204,8 @@ def _last_rows(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     pieces = lines[1 if start else 0 : -1]
     rows, problem = [], None
     for line in reversed(pieces):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            row = None
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        row = jsonl.parse(line)
+        if row is not None and isinstance(row.get("step"), int):
             rows.append(row)
         else:
             problem = f"{metrics.FILE} has a line that is no row of metrics"

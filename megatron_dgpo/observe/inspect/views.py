@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.observe import credit_log, jsonl, metrics
+from megatron_dgpo.observe import advisories, credit_log, jsonl, metrics
 from megatron_dgpo.observe.inspect import follow, runs
 from megatron_dgpo.observe.inspect.runs import Found, Refused, RunsFolder
 from megatron_dgpo.observe.inspect.work import Cache, Key
@@ -19,7 +19,7 @@ from megatron_dgpo.observe.report import data
 
 log = logging.getLogger(__name__)
 
-_STREAMS = {"metrics": metrics.FILE, "advisories": data.ADVISORIES}
+_STREAMS = {"metrics": metrics.FILE, "advisories": advisories.FILE}
 
 
 def encode(answer: Any) -> bytes:

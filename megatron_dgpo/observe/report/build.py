@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_dgpo.observe import credit_log
+from megatron_dgpo.observe import credit_log, jsonl
 from megatron_dgpo.observe.report import data, html, weights
 from megatron_dgpo.observe.report.encode import LADDER, Precision
 from megatron_dgpo.observe.report.rows import Pieces, Rows
@@ -177,7 +176,7 @@ def _keep(run: _Run, samples: Mapping[str, list[Any]], chunks: list[str], share:
 
 def _overview(run: _Run, precision: Precision) -> str:
     whole = {**run.overview, "precision": precision.describe(), "pieces": run.pieces.pairs()}
-    text = json.dumps(data.strict(whole), ensure_ascii=False, allow_nan=False)
+    text = jsonl.dump(whole)
     return html.chunk(f"{run.key}-overview", text.encode("utf-8", "replace"))
 
 

@@ -27,13 +27,12 @@ taken at each update).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.observe import credit_log, jsonl, metrics
+from megatron_dgpo.observe import advisories, credit_log, jsonl, metrics
 from megatron_dgpo.observe.report import weights
 from megatron_dgpo.observe.report.encode import EXACT
 from megatron_dgpo.observe.report.rows import Rows
@@ -41,10 +40,9 @@ from megatron_dgpo.observe.report.rows import Rows
 FORMAT = 1
 PREVIEW = 160
 """Characters of a response in the list of samples."""
-ADVISORIES = "advisories.jsonl"
 CORRECT = "correct"
 """The part of a combined reward that the answer's own reward gave (rewards.terms)."""
-_MARKS = (metrics.FILE, credit_log.FOLDER, "config.toml", "versions.json", ADVISORIES)
+_MARKS = (metrics.FILE, credit_log.FOLDER, "config.toml", "versions.json", advisories.FILE)
 _SAMPLE_COLUMNS = (
     "row", "index", "reward", "right", "advantage", "length", "finish_reason", "preview",
     "effective_fraction", "max_weight", "top1_share", "top10_share",
@@ -99,7 +97,7 @@ def overview(run: Path, *, index: Callable[[Path], FileIndex] | None = None) -> 
         "run": run.resolve().name,
         "settings": found[-1].settings if found else {},
         "metrics": _metrics(run, warnings),
-        "advisories": _lines(run / "advisories.jsonl", warnings),
+        "advisories": _lines(run / advisories.FILE, warnings),
         "warnings": warnings,
         "files": [{"step": f.step, "replica": f.replica, "settings": f.settings} for f in found],
         "prompts": prompts,
@@ -198,14 +196,3 @@ def _lines(path: Path, warnings: list[str]) -> list[dict[str, Any]]:
     except ValueError as error:
         warnings.append(str(error))
         return []
-
-
-def strict(value: Any) -> Any:
-    """NaN and infinities as None, at any depth, for strict JSON."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: strict(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [strict(one) for one in value]
-    return value
