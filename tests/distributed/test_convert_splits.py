@@ -188,8 +188,10 @@ def test_verify_on_torchruns_ranks(folder, tmp_path, seed, statuses, verdict):
     """Both compute and the first compares, speaks and has the status."""
     source = write_model(tmp_path / "source", tied=False, seed=seed)
     words = [str(source), str(folder / "qwen2False-imported"), "--tensor-model-parallel-size", "2"]
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    held = socket.socket()  # while it is open nobody else gets the port; the ranks' store shares it
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    port = held.getsockname()[1]
     ranks = [
         rank_context().Process(target=one_of_torchruns, args=(rank, port, words, tmp_path / f"said{rank}"))
         for rank in range(2)
@@ -201,6 +203,7 @@ def test_verify_on_torchruns_ranks(folder, tmp_path, seed, statuses, verdict):
             process.join(100)
         assert [process.exitcode for process in ranks] == statuses
     finally:
+        held.close()
         for process in ranks:
             process.kill()
             process.join()

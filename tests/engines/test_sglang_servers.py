@@ -180,26 +180,50 @@ def test_children_that_ignore_the_end_of_their_server_end_too(
     assert not psutil.pid_exists(orphan)
 
 
+@pytest.mark.parametrize("then", ["sys.exit(1)", "time.sleep(300)"])
 def test_a_server_whose_port_was_taken_meanwhile_gets_another(
-    folders: dict[str, Path], tmp_path: Path
+    then: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """And nothing is left of the first try."""
+    """Whether or not it ends by itself; and nothing is left of the first try."""
     serve = """
 if tries == 0:
-    sys.exit(BUSY)
+    print(BUSY, flush=True)
+    THEN
 from http.server import BaseHTTPRequestHandler, HTTPServer
 class Healthy(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
         self.end_headers()
 HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Healthy).serve_forever()
-""".replace("BUSY", repr(BUSY))
+""".replace("BUSY", repr(BUSY)).replace("THEN", then)
     with stand_in(folders["qwen2"], tmp_path, serve) as server:
         server.wait_ready(30)
         assert answers(server.url + "/health")
         first, second = (int((tmp_path / f"{k}.pid").read_text()) for k in (0, 1))
         assert not psutil.pid_exists(first) and psutil.pid_exists(second)
     assert not psutil.pid_exists(second)
+
+
+def test_a_server_that_gets_no_port_says_so_at_once(folders: dict[str, Path], tmp_path: Path) -> None:
+    with stand_in(folders["qwen2"], tmp_path, f"print({BUSY!r}, flush=True)\ntime.sleep(300)") as server:
+        began = time.monotonic()
+        with pytest.raises(ServerFailed, match="(?s)ended with status.*address already in use"):
+            server.wait_ready(120)
+        assert time.monotonic() - began < 60
+        assert len(list(tmp_path.glob("*.pid"))) == 3
+
+
+def test_the_port_of_a_server_that_loads_is_kept_for_it(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The system gives it to nobody else, neither asked by number nor for any that is free."""
+    with stand_in(folders["qwen2"], tmp_path, "time.sleep(300)") as server:
+        port = int(server.url.rpartition(":")[2])
+        with socket.socket() as other, pytest.raises(OSError, match="in use"):
+            other.bind(("127.0.0.1", port))
+        again = start(folders["qwen2"], LaunchConfig(python=tmp_path / "python"), tmp_path / "again")
+        again.stop()
+        assert again.url != server.url
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
 
 
 def test_another_failure_is_not_taken_for_a_port_in_use(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ class ServerProcess:
 
     def _start(self) -> None:
         self._tries += 1
-        self._port = _port(int(self._launch.args.get("port", 0)))
+        self._reserved = _reserve(int(self._launch.args.get("port", 0)))
+        self._port = int(self._reserved.getsockname()[1])
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self._launch.python.absolute()), str(Path(__file__).with_name("launcher.py"))]
         command += command_line(self._arguments())
@@ -178,13 +179,14 @@ class ServerProcess:
         """
         started, reported = self._started, time.monotonic()
         while not answers(self.url + "/health"):
-            now = time.monotonic()
-            if not self.is_alive():
-                if "port" not in self._launch.args and self._tries < _PORT_TRIES and self._port_was_taken():
-                    log.info("port %d was taken meanwhile; starting the server on another", self._port)
-                    self.stop()
-                    self._start()
-                    continue
+            now, taken = time.monotonic(), self._port_was_taken()
+            if taken and "port" not in self._launch.args and self._tries < _PORT_TRIES:
+                log.info("port %d was taken meanwhile; starting the server on another", self._port)
+                self.stop()
+                self._start()
+                continue
+            if taken or not self.is_alive():
+                self.stop()
                 raise ServerFailed(self.death())
             if now - started > timeout:
                 self.stop()
@@ -198,6 +200,7 @@ class ServerProcess:
                     "waiting for SGLang server %s: %.0f s; log: %s", self.url, now - started, self.log_file
                 )
             time.sleep(_POLL_SECONDS)
+        self._reserved.close()
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -208,6 +211,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """End the server and every process that it started, also when the server itself is gone."""
+        self._reserved.close()
         family = self._family()
         if self.is_alive():
             self._process.terminate()
@@ -237,7 +241,8 @@ class ServerProcess:
         return family | {p for p in psutil.process_iter() if _session_of(p.pid) == pid}
 
     def _port_was_taken(self) -> bool:
-        """SGLang binds its port last, after the model is loaded."""
+        """SGLang binds its port last, after the model is loaded, and may stay without one: its threads
+        keep the process."""
         return "address already in use" in self._output().lower()
 
     def _output(self) -> str:
@@ -296,17 +301,23 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _port(wanted: int) -> int:
-    """That port, or with 0 one that is free. SGLang itself waits for minutes for one that is taken."""
-    with socket.socket() as s:
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            s.bind((_HOST, wanted))
-        except OSError as error:
-            raise ServerFailed(
-                f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
-            ) from error
-        return int(s.getsockname()[1])
+def _reserve(wanted: int) -> socket.socket:
+    """A socket that holds that port, or with 0 one that is free, for the server until it listens.
+
+    Loading takes a minute in which any connection could get the port as its own end. While this socket is
+    open the system gives the port to nobody; only who asks for it by number and shares it (SO_REUSEADDR),
+    as SGLang does, gets it. SGLang itself waits for minutes for a port that is taken.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        holder.bind((_HOST, wanted))
+    except OSError as error:
+        holder.close()
+        raise ServerFailed(
+            f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
+        ) from error
+    return holder
 
 
 # --- what is asked of any server --------------------------------------------------------------------
