@@ -1,5 +1,6 @@
 # make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
 # make test         the tests
+# make install      what all of these need (make -j2 install: both environments at once)
 # make sglang       SGLang in an environment of its own, without a GPU
 # make lint         ruff and mypy
 # make bench        step time against TRL
@@ -21,7 +22,7 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsco
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: quickstart test lint bench sglang
+.PHONY: quickstart test lint bench install sglang
 
 quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(RUN) QUICKSTART_ENGINE=$(ENGINE) bash examples/quickstart/run.sh
@@ -36,6 +37,8 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) python tools/bench/vs_trl.py
+
+install: $(STAMP) $(SGLANG_STAMP)
 
 sglang: $(SGLANG_STAMP)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,6 +21,28 @@ if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
 # The same cases every time, however busy the machine is.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+ENGINES = "tests/engines/"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With two workers, one runs all tests of SGLang servers: the four that they share take a minute of
+    both cores to start, once instead of twice. More workers have the cores for it, and take whole files."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ServersTogether(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            together = self.numnodes <= 2 and nodeid.startswith(ENGINES)
+            return ENGINES if together else super()._split_scope(nodeid)
+
+    return ServersTogether(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(ENGINES))
 
 
 @pytest.fixture(autouse=True)

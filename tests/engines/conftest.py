@@ -14,7 +14,7 @@ import pytest
 from tiny import write_model
 
 from megatron_dgpo.config import LaunchConfig
-from megatron_dgpo.rollout.sglang.servers import ServerProcess
+from megatron_dgpo.rollout.sglang.servers import ServerProcess, stop_servers
 
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -61,5 +61,4 @@ def servers(
             server.wait_ready(180)
         yield made
     finally:
-        for server in made.values():
-            server.stop()
+        stop_servers(made.values())

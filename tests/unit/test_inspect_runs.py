@@ -76,22 +76,23 @@ def test_a_lock_that_is_held_is_seen_and_never_taken(tmp_path: Path) -> None:
         assert state(run, now=later) == "running"
     assert state(run, now=later) == "finished"
     # A run that starts takes its lock however often the inspector looks.
-    stop, looked = threading.Event(), []
+    stop, looked = threading.Event(), threading.Event()
 
     def look() -> None:
         while not stop.is_set():
-            looked.append(state(run, now=later))
+            state(run, now=later)
+            looked.set()
 
     thread = threading.Thread(target=look)
     thread.start()
     try:
+        assert looked.wait(30)
         for _ in range(200):
             with (run / ".lock").open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         stop.set()
         thread.join(timeout=30)
-    assert looked
 
 
 def test_lock_table() -> None:

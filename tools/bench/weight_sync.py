@@ -86,13 +86,15 @@ def _status(key: str) -> int:
 
 
 class Bare:
-    """The same bytes in the same pieces, and nothing else."""
+    """The same bytes in the same pieces, and nothing else.
 
-    def __init__(
-        self, engine: SGLangEngine, group: Broadcast, sizes: list[int], device: torch.device
-    ) -> None:
-        self._engine, self._group = engine, group
-        self._pieces = [torch.zeros(size, dtype=torch.uint8, device=device) for size in sizes]
+    Args:
+        pieces: the buckets of a sync, uint8. Real ones: memory that was never written to is one page of
+            zeros for the system, which stays in the processor's cache and travels faster than any weights.
+    """
+
+    def __init__(self, engine: SGLangEngine, group: Broadcast, pieces: list[torch.Tensor]) -> None:
+        self._engine, self._group, self._pieces = engine, group, pieces
 
     def send(self) -> None:
         url = self._group.servers[0]
@@ -145,22 +147,20 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
     def sync() -> None:
         engine.update_weights_by_stage(buckets, next(version))
 
-    sizes: list[int] = []
+    pieces: list[torch.Tensor] = []
 
-    def first_sync() -> None:
-        def noted() -> Iterator[WeightBucket]:
-            for bucket in buckets():
-                sizes.append(bucket.flat.nbytes)
-                yield bucket
-
-        engine.update_weights_by_stage(noted, next(version))
+    def kept() -> Iterator[WeightBucket]:
+        for bucket in buckets():
+            pieces.append(bucket.flat.view(torch.uint8).clone())
+            yield bucket
 
     try:
-        grown = resident_peak(first_sync)  # the server joins the process group, and buffers come into being
+        grown = resident_peak(sync)  # the server joins the process group, and buffers come into being
+        engine.update_weights_by_stage(kept, next(version))
         group = engine.transport
         calls: list[tuple[str, Callable[[], object]]] = [("sync", sync)]
         if isinstance(group, Broadcast):
-            calls.append(("bare", Bare(engine, group, sizes, groups.device).send))
+            calls.append(("bare", Bare(engine, group, pieces).send))
         else:  # a rank that sends nothing
             calls.append(("bare", lambda: None))
         for _, call in calls:
@@ -171,7 +171,7 @@ def measure(args: argparse.Namespace, folder: Path, groups: platform.Groups, par
             rounds.append({name: timed(call, groups) for name, call in turns})
     finally:
         engine.close()
-    return report(args, rounds, sizes, grown) if groups.rank == 0 else None
+    return report(args, rounds, [piece.nbytes for piece in pieces], grown) if groups.rank == 0 else None
 
 
 def report(args: argparse.Namespace, rounds: list[dict[str, float]], sizes: list[int], grown: int) -> Any:

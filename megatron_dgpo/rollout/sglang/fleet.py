@@ -10,7 +10,13 @@ from typing import Any, TypeVar
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import SGLangConfig
-from megatron_dgpo.rollout.sglang.servers import ServerFailed, ServerProcess, check_server, workers_of_router
+from megatron_dgpo.rollout.sglang.servers import (
+    ServerFailed,
+    ServerProcess,
+    check_server,
+    stop_servers,
+    workers_of_router,
+)
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -68,8 +74,8 @@ class Fleet:
 
     def close(self) -> None:
         """End the servers that this process started."""
-        while self._processes:
-            self._processes.popitem()[1].stop()
+        stop_servers(self._processes.values())
+        self._processes.clear()
 
     def _everywhere(self, action: Callable[[], T]) -> T:
         """What the action gives on rank 0, on every rank; its failure too."""
@@ -135,10 +141,9 @@ class Fleet:
     def _replaced(self, dead: Mapping[str, str]) -> dict[str, int]:
         left = {url: size for url, size in self.ranks.items() if url not in dead}
         again = []
-        for n, process in list(self._processes.items()):
-            if process.url not in dead:
-                continue
-            process.stop()
+        ended = {n: process for n, process in self._processes.items() if process.url in dead}
+        stop_servers(ended.values())
+        for n, process in ended.items():
             del self._processes[n]
             if self._restarts_left:
                 self._restarts_left -= 1
