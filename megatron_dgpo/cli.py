@@ -347,7 +347,7 @@ def help_text(schema: type[BaseModel]) -> str:
         "",
         "Files are composed left to right, then the overrides apply. A VALUE is TOML, or plain text.",
         "--resume goes on from the last checkpoint in run.folder (short for --run.resume).",
-        "--quiet prints results only, for logs (short for --run.quiet).",
+        "--quiet prints results and advisories only, for logs (short for --run.quiet).",
         "--dry-run makes every check, prints the resolved config and the plan, and stops. WORLD_SIZE=N in",
         "the environment stands for N processes; weights, tokenizer and data need not be there, but data",
         "that are there are read.",

@@ -257,7 +257,7 @@ class Trainer:
             SampleWriter(folder.path).write(state.step, rollout.groups[: max(1, wanted // n)])
         self.console.step_line(state.step, self.config.train.steps, metrics)
         for advisory in advisories:
-            self.console.log(advisory.line)
+            self.console.alert(advisory.line)
 
     def evaluate_when_due(self, state: RunState, folder: RunFolder) -> None:
         step, every = state.step, self.config.evaluation.every

@@ -196,7 +196,7 @@ class DistributionCredit(Credit):
     def metrics(self, weights_T: torch.Tensor, batch: PackedBatch) -> Metrics:
         """The spread of w (`credit_spread`), and the settings in force."""
         found = credit_spread(weights_T, batch, self.cp_group)
-        _, count = found["credit_effective_fraction"]
+        count = torch.as_tensor(found["credit_effective_fraction"][1]).double()  # float32 rounds tau
         return found | {"credit_tau": (self.tau * count, count), "credit_kappa": (self.kappa * count, count)}
 
 

@@ -29,7 +29,7 @@ class RunConfig(Section):
     resume: bool = False
     """Go on from the newest checkpoint in the folder; start when there is none."""
     quiet: bool = False
-    """Print results only."""
+    """Print results and advisories only."""
 
 
 class ModelConfig(Section):

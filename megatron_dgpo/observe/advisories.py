@@ -72,8 +72,8 @@ def _uniform_credit(s: Series, _: float) -> Finding | None:
     return (
         f"for {WINDOW} steps the effective token fraction has been {fraction:.4f} or more: all credit "
         "weights are near 1, so that DGPO trains much as GRPO does",
-        f"nothing is broken; for credit that differs, lower algorithm.tau ({s['credit_tau'][-1]:.3g} now) or "
-        'set algorithm.tau = "auto"',
+        f"nothing is broken; for other credit lower algorithm.tau ({s['credit_tau'][-1]:.3g} now), or "
+        'set algorithm.tau = "auto" and algorithm.effective_fraction to what you want',
     )
 
 
@@ -85,8 +85,8 @@ def _concentrated_credit(s: Series, _: float) -> Finding | None:
     return (
         f"a tenth of a response's tokens has {share:.0%} of its credit (effective token fraction "
         f"{fraction:.3f}): the others learn next to nothing",
-        f"raise algorithm.tau ({s['credit_tau'][-1]:.3g} now), or algorithm.effective_fraction with "
-        'tau = "auto"',
+        f"raise algorithm.tau ({s['credit_tau'][-1]:.3g} now), or algorithm.effective_fraction where "
+        'algorithm.tau = "auto"',
     )
 
 

@@ -35,7 +35,7 @@ def set_up_logging(quiet: bool, rank: int) -> None:
 
 
 class Console:
-    """Prints on rank 0 only. `quiet` leaves only the tables: the results."""
+    """Prints on rank 0 only. `quiet` leaves only results (the tables) and alerts."""
 
     def __init__(self, quiet: bool, rank: int) -> None:
         self._results = rank == 0
@@ -43,6 +43,11 @@ class Console:
 
     def log(self, message: str) -> None:
         if self._chatty:
+            _print(message)
+
+    def alert(self, message: str) -> None:
+        """What must be seen in a log too."""
+        if self._results:
             _print(message)
 
     def step_line(self, step: int, total: int, metrics: Mapping[str, float]) -> None:

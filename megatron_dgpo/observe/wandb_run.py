@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 FILE = "wandb.json"
+_LOGIN_SECONDS = 60.0
 _FINISH_SECONDS = 60.0
 """What is not sent by then stays in the folder, for `wandb sync`."""
 
@@ -39,6 +41,8 @@ class WandbRun:
             raise ImportError("W&B was asked for: install the wandb package") from error
         folder = Path(folder).resolve()
         self._run: Any = None
+        if "WANDB_LOGIN_TIMEOUT" not in os.environ:  # on a terminal it would ask for a key for ever
+            wandb.setup(wandb.Settings(login_timeout=_LOGIN_SECONDS))
         try:
             self._run = wandb.init(
                 project=project,
@@ -52,6 +56,8 @@ class WandbRun:
                     console="off", quiet=True, disable_git=True, finish_timeout=_FINISH_SECONDS
                 ),
             )
+            if self._run.disabled and os.environ.get("WANDB_MODE") != "disabled":
+                raise wandb.errors.UsageError("no key was entered; set WANDB_API_KEY")
             for phase in ("train", "eval"):
                 self._run.define_metric(f"{phase}/*", step_metric="step")
         except wandb.errors.UsageError as error:

@@ -230,6 +230,8 @@ class Process:
         if self.again and self.number in self.broken:
             raise ServerFailed(f"server {self.number} has no memory")
 
+    def terminate(self) -> None: ...
+
     def stop(self) -> None: ...
 
 

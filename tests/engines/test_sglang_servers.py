@@ -242,9 +242,9 @@ def test_servers_that_start_side_by_side_share_their_time(folders: dict[str, Pat
         stand_in(folders["qwen2"], tmp_path / "a", "time.sleep(300)", "import time\n") as one,
         stand_in(folders["qwen2"], tmp_path / "b", "time.sleep(300)", "import time\n") as two,
     ):
-        with pytest.raises(ServerFailed, match="did not answer in 3 s"):
-            one.wait_ready(3)
+        with pytest.raises(ServerFailed, match="did not answer in 8 s"):
+            one.wait_ready(8)
         began = time.monotonic()
-        with pytest.raises(ServerFailed, match="did not answer in 3 s"):
-            two.wait_ready(3)
-        assert time.monotonic() - began < 2.5
+        with pytest.raises(ServerFailed, match="did not answer in 8 s"):
+            two.wait_ready(8)
+        assert time.monotonic() - began < 7

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -74,18 +76,22 @@ with MetricsWriter(folder, tensorboard=False, wandb=run) as writer:
 """
 
 
-def start(folder: Path, first: int, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[2]
+def command(folder: Path, first: int, last: int) -> list[str]:
     folder.mkdir(exist_ok=True)
-    env = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(folder),
-        "PYTHONPATH": str(root),
-        "WANDB_ERROR_REPORTING": "false",
-    }
+    return [sys.executable, "-c", START, str(folder), str(first), str(last)]
+
+
+def variables(folder: Path, **more: str) -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    own = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "PYTHONPATH": str(root)}
+    return own | {"WANDB_ERROR_REPORTING": "false"} | more
+
+
+def start(folder: Path, first: int, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", START, str(folder), str(first), str(last)],
-        capture_output=True, text=True, timeout=120, env=env | environment, stdin=subprocess.DEVNULL,
+        command(folder, first, last),
+        capture_output=True, text=True, timeout=120, env=variables(folder, **environment),
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -129,8 +135,30 @@ def test_no_key_is_refused_and_no_network_is_not(tmp_path: Path) -> None:
     assert len(read_metrics(tmp_path / "cut_off")) == 3
 
 
+def test_a_terminal_is_not_asked_for_a_key_for_ever(tmp_path: Path) -> None:
+    env = variables(tmp_path, WANDB_BASE_URL="http://127.0.0.1:9", WANDB_LOGIN_TIMEOUT="2", TERM="xterm")
+    keyboard, terminal = os.openpty()
+    try:
+        words = command(tmp_path, 0, 2)
+        process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
+        os.close(terminal)
+        said = b""
+        with contextlib.suppress(OSError):  # at its end
+            while part := os.read(keyboard, 4096):
+                said += part
+        assert process.wait(60) == 1
+    finally:
+        process.kill()
+        os.close(keyboard)
+    last = said.decode().strip().splitlines()[-1]
+    assert last.startswith("ValueError: observe.wandb_project: no key was entered; set WANDB_API_KEY, or ")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 class Failing:
     """A W&B run that fails from the second row on."""
+
+    disabled = False
 
     def __init__(self) -> None:
         self.calls: list[str] = []
