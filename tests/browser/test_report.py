@@ -198,6 +198,25 @@ def test_filters_sorting_and_search(visit: Visit, dgpo: Made) -> None:
     assert shown() == [] and page.is_visible("#none-found")
 
 
+def test_a_sample_that_cannot_be_read_is_counted_and_stops_nothing(visit: Visit, dgpo: Made) -> None:
+    rows = list(credit_log.rows(dgpo.run))
+    page = visit(dgpo.report, "#sample-a7").page
+    page.wait_for_selector(f"{MAIN}.tok")
+    page.evaluate("document.getElementById('a-9').remove()")
+    deep = rows[10]["response"][-25:-3]
+    page.fill("#search", deep)
+    page.wait_for_selector("#count[data-settled=yes]:has-text('could not be read')")
+    found = [i for i, r in enumerate(rows) if deep in r["response"] and i != 9]
+    assert page.evaluate("report.page.list.shown.map(item => item.n)") == found != []
+    assert page.text_content("#count") == f"{len(found)} of {len(rows)} samples, 1 could not be read"
+    page.fill("#tau", "0.5")
+    page.wait_for_selector("#all-chosen[data-settled=yes]:has-text('1 could not be read')")
+    every = [weights(r, 0.5, 1.0, "log_vocab").double() for i, r in enumerate(rows) if i != 9]
+    mean = np.mean([float(w.sum() ** 2 / (len(w) * w.square().sum())) for w in every])
+    shown = page.text_content("#all-chosen").partition("%")[0]
+    assert parse(shown) == pytest.approx(100 * mean, rel=6e-3)
+
+
 def test_list_by_keyboard(visit: Visit, dgpo: Made) -> None:
     page = visit(dgpo.report, "#samples").page
     page.focus("#list")

@@ -78,10 +78,14 @@ class SampleList {
     // Texts are in compressed parts: what is known is shown, the rest follows.
     let shown = new Set(found.filter(known));
     this.set([...shown], "searching");
-    let drawn = performance.now();
+    let [drawn, unread] = [performance.now(), 0];
     for (let i = 0; i < found.length; i++) {
       const item = found[i];
-      if (item.text == null) item.text = (await item.run.source.sample(item.n)).texts.join("");
+      try {
+        item.text ??= (await item.run.source.sample(item.n)).texts.join("");
+      } catch {
+        unread++; // a log that is thinned out meanwhile, or a file that is cut off: its beginning is known
+      }
       if (search !== this.search) return;
       if (known(item)) shown.add(item);
       if (performance.now() - drawn > 300) {
@@ -90,14 +94,15 @@ class SampleList {
         drawn = performance.now();
       }
     }
-    this.set(found.filter((one) => shown.has(one)), "");
+    this.set(found.filter((one) => shown.has(one)), "", unread);
   }
 
-  set(shown, note) {
+  set(shown, note, unread = 0) {
     this.shown = shown;
     this.current = Math.max(0, shown.findIndex((item) => item.key === this.opened));
     $("count").textContent = note || (shown.length === this.items.length
-      ? plural(shown.length, "sample") : `${count(shown.length)} of ${plural(this.items.length, "sample")}`);
+      ? plural(shown.length, "sample") : `${count(shown.length)} of ${plural(this.items.length, "sample")}`)
+      + (unread ? `, ${count(unread)} could not be read` : "");
     $("count").dataset.settled = note ? "" : "yes";
     $("none-found").hidden = shown.length > 0 || Boolean(note) || !this.items.length;
     this.inner.style.height = `${shown.length * ROW_HEIGHT}px`;

@@ -113,10 +113,16 @@ class WhatIf {
     }
     $("all-chosen").textContent = "…";
     await new Promise((done) => setTimeout(done, 250)); // until the sliders rest
-    let [sum, drawn, done] = [0, performance.now(), 0];
+    let [sum, drawn, done, unread] = [0, performance.now(), 0, 0];
     for (const one of items) {
       if (pass !== this.pass) return;
-      const { numbers } = await one.run.source.sample(one.n);
+      let numbers;
+      try {
+        ({ numbers } = await one.run.source.sample(one.n));
+      } catch {
+        unread++;
+        continue;
+      }
       sum += numbers.distance && numbers.entropy && one.settings.tau != null
         ? effectiveFraction(creditWeights(numbers.distance, numbers.entropy, { ...one.settings, ...settings }))
         : one.effective;
@@ -128,8 +134,8 @@ class WhatIf {
       }
     }
     if (pass !== this.pass) return;
-    this.known = { key, mean: sum / items.length };
-    $("all-chosen").textContent = percent(this.known.mean);
+    if (!unread) this.known = { key, mean: sum / items.length };
+    $("all-chosen").textContent = (done ? percent(sum / done) : "–") + (unread ? ` (${count(unread)} could not be read)` : "");
     $("all-chosen").dataset.settled = "yes";
   }
 }
