@@ -10,6 +10,7 @@
 # More words go to the tool, such as: examples/evaluate_math.sh --k 8
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source examples/environment.sh
 out="${OUT:-runs/evaluation}"
 engine=(--engine "${ENGINE:-sglang}")
 if [ "${ENGINE:-sglang}" = sglang ]; then

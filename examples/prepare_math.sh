@@ -17,6 +17,7 @@
 # What is there already is left as it is.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source examples/environment.sh
 model="${MODEL:-models/Qwen2.5-Math-7B}"
 read -ra sources <<< "${SOURCE_HELDOUT:-hub://BytedTsinghua-SIA/AIME-2024}"
 read -ra heldout <<< "${HELDOUT:-data/aime-2024.parquet}"

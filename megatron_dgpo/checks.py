@@ -168,8 +168,8 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
         return
     if not launch.python.is_file():
         yield Absent(
-            f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it, or name "
-            "the interpreter of an environment that has SGLang"
+            f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it for "
+            "machines without a GPU, or name the interpreter of an environment that has SGLang"
         )
     needed = launch.count * launch.tensor_parallel_size
     if launch.devices and len(launch.devices) != needed:

@@ -6,6 +6,7 @@
 # More words go to the run, such as: examples/gsm8k_smoke/run.sh --train.steps 4
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source examples/environment.sh
 out=runs/gsm8k_smoke
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # On CPUs, memory that is freed is kept, in huge pages: getting it from the system anew costs more than using it.

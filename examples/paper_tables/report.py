@@ -69,7 +69,8 @@ The quick start's task and model (151k parameters), {scale.steps} steps of {scal
 cold start, {k} samples each. Avg@{k} is at temperature 1.0 and top-p 1.0, as in training, and decides. The
 paper's protocol, top-p 0.7, comes after it (Avg, Cons, Pass); there this task is nearly solved. The main
 comparison has {scale.main_seeds} seeds over {scale.cold_starts} cold starts. The ablations have
-{scale.ablation_seeds} other seeds; tau is tuned with those, on prompts that no score here is from.
+{scale.ablation_seeds} other seeds; tau is tuned with those, on prompts that no score here is from. What is not named
+in a table is the algorithm's default: DAPO has its clip, its mean over all tokens and its overlong term too.
 
 Intervals are 95% (Student's t over seeds, uncorrected), so they hold for these cold starts and prompts.
 Differences are paired by seed and cold start. `p (Holm)` is the paired t-test's, corrected for the tests of
@@ -245,8 +246,8 @@ def table6(times: dict[str, list[dict[str, float]]]) -> str:
     rounds = f"""## Table 6: throughput and memory
 
 {len(times[GRPO])} rounds with nothing else running, one process; a ratio is the median over rounds (least to
-most). Peak memory is the process's resident set, most of it libraries at this size of model; larger
-models are in tools/bench/README.md.
+most). Peak memory is the process's resident set, most of it libraries at this size of model; a larger
+model's steps, and the loss's own memory, are in tools/bench/README.md.
 """
     return f"{rounds}\n{markdown([*head, 'peak MiB'], body)}"
 
@@ -259,7 +260,7 @@ def critic(outcomes: Sequence[Outcome]) -> str:
     head = ["part of the run", *(f"{i + 1} of {len(means)}" for i in range(len(means)))]
     body = [["explained variance", *(with_interval(x) for x in means)]]
     score = estimate([o.scores["avg"] for o in outcomes if o.arm == PPO])
-    return f"PPO's critic (PPO scores {with_interval(score)}):\n\n{markdown(head, body)}"
+    return f"PPO's critic ({len(curves)} seeds; PPO scores {with_interval(score)}):\n\n{markdown(head, body)}"
 
 
 def _spread(values: Sequence[float]) -> str:

@@ -10,9 +10,7 @@
 # Started again, it goes on where it was ended.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -x .venv/bin/python ]; then
-    export PATH="$PWD/.venv/bin:$PATH"
-fi
+source examples/environment.sh
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export THP_MEM_ALLOC_ENABLE="${THP_MEM_ALLOC_ENABLE:-1}"
 export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-1073741824}"

@@ -5,14 +5,15 @@
 #   QUICKSTART_NPROC   processes (2): tensor_model_parallel_size = 2, so a multiple of it
 #   QUICKSTART_SHORT   1: a few steps of everything, to see that it works
 #   QUICKSTART_OUT     folder (runs/quickstart/seed<seed>)
-#   QUICKSTART_RUN     name of the RL run in it (dgpo)
+#   QUICKSTART_RUN     name of the RL run in it (dgpo); a run with other settings wants another name
 #   QUICKSTART_ENGINE  embedded (default), or sglang: rollouts from a real SGLang server, which gets the
 #                      weights by broadcast after every step (`make sglang` installs it)
 #
-# More words go to the DGPO run, such as: examples/quickstart/run.sh --algorithm.tau 0.5
+# More words go to the DGPO run, such as: QUICKSTART_RUN=tau bash examples/quickstart/run.sh --algorithm.tau 0.05
 # Started again, it goes on where it was ended.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source examples/environment.sh
 
 seed="${QUICKSTART_SEED:-1}"
 nproc="${QUICKSTART_NPROC:-2}"

@@ -9,9 +9,11 @@
 #   ALGORITHM=dgpo                 or grpo, dapo, dapo_dgpo, ppo and the others
 #   DRY_RUN=1                      check everything, print the plan, start nothing
 #
-# More words go to the run, such as: examples/qwen2.5-32b/run.sh --algorithm.tau 0.5
+# More words go to the run; one with other settings wants another folder:
+#   bash examples/qwen2.5-32b/run.sh --algorithm.tau 0.5 --run.folder runs/qwen2.5-32b/tau0.5
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source examples/environment.sh
 here=examples/qwen2.5-32b
 algorithm="${ALGORITHM:-dgpo}"
 model="${MODEL:-models/Qwen2.5-32B}"

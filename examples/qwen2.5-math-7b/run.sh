@@ -8,9 +8,11 @@
 #   NPROC=4                        ranks of the trainer
 #   DRY_RUN=1                      check everything, print the plan, start nothing
 #
-# More words go to the run, such as: examples/qwen2.5-math-7b/run.sh --algorithm.tau 0.5
+# More words go to the run; one with other settings wants another folder:
+#   bash examples/qwen2.5-math-7b/run.sh --algorithm.tau 0.5 --run.folder runs/qwen2.5-math-7b/tau0.5
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+source examples/environment.sh
 here=examples/qwen2.5-math-7b
 algorithm="${ALGORITHM:-dgpo}"
 model="${MODEL:-models/Qwen2.5-Math-7B}"

@@ -113,7 +113,7 @@ class LaunchConfig(Section):
     """Numbers of the GPUs, tensor_parallel_size for each server in turn; none: those after the ranks' own.
     With CUDA_VISIBLE_DEVICES they count in its list, as the ranks' do."""
     python: Folder = Path(".venv-sglang/bin/python")
-    """Interpreter of the environment that SGLang is installed in (`make sglang`)."""
+    """Interpreter of the environment that SGLang is installed in (without a GPU: `make sglang`)."""
     args: dict[str, Any] = {}
     """More arguments of sglang.launch_server by name, such as mem_fraction_static = 0.8."""
     startup_timeout_seconds: PositiveInt = 540

@@ -99,8 +99,8 @@ class ServerProcess:
     ) -> None:
         if not launch.python.is_file():
             raise ServerFailed(
-                f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it, "
-                "or name the interpreter of an environment that has SGLang"
+                f"rollout.sglang.launch.python: {launch.python} is not there; `make sglang` makes it for "
+                "machines without a GPU, or name the interpreter of an environment that has SGLang"
             )
         self._model_path = model_path
         self._launch = launch
