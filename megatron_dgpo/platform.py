@@ -266,6 +266,8 @@ def start(parallel: Any, seed: int) -> Groups:
     this = device()
     if has_gpu():
         torch.cuda.set_device(this)
+        # SGLang sets it in its servers; processes that differ in it cannot form a group.
+        os.environ.setdefault("NCCL_CUMEM_ENABLE", "0")
     elif "OMP_NUM_THREADS" not in os.environ:
         # Several ranks share a machine's cores; more than one thread each makes them fight.
         torch.set_num_threads(1)

@@ -69,8 +69,9 @@ The quick start's task and model (151k parameters), {scale.steps} steps of {scal
 cold start, {k} samples each. Avg@{k} is at temperature 1.0 and top-p 1.0, as in training, and decides. The
 paper's protocol, top-p 0.7, comes after it (Avg, Cons, Pass); there this task is nearly solved. The main
 comparison has {scale.main_seeds} seeds over {scale.cold_starts} cold starts. The ablations have
-{scale.ablation_seeds} other seeds; tau is tuned with those, on prompts that no score here is from. What is not named
-in a table is the algorithm's default: DAPO has its clip, its mean over all tokens and its overlong term too.
+{scale.ablation_seeds} other seeds; tau is tuned with those, on prompts that no score here is from.
+What is not named in a table is the algorithm's default: DAPO has its clip, its mean over all tokens and its
+overlong term too.
 
 Intervals are 95% (Student's t over seeds, uncorrected), so they hold for these cold starts and prompts.
 Differences are paired by seed and cold start. `p (Holm)` is the paired t-test's, corrected for the tests of

@@ -12,8 +12,10 @@ model="${MODEL:-models/Qwen2.5-32B}"
 list=$(printf ",http://%s:30000" "${servers[@]}")
 
 srun --nodes=2 --ntasks=2 --nodelist="$(IFS=,; echo "${servers[*]}")" --output=server-%t.log \
-    bash -c 'exec .venv-sglang/bin/python -m sglang.launch_server --model-path "$0" --tp 8 --host "$(hostname)" \
-        --port 30000 --load-format dummy --skip-tokenizer-init --mem-fraction-static 0.85' "$model" &
+    bash -c 'export PATH="$PWD/.venv-sglang/bin:$PATH"
+        exec python -m sglang.launch_server --model-path "$0" --tp 8 --host "$(hostname)" \
+        --port 30000 --load-format dummy --skip-tokenizer-init --enable-fp32-lm-head \
+        --mem-fraction-static 0.85' "$model" &
 step=$!
 trap 'kill "$step" || true' EXIT # srun passes it on; what outlives it ends with the job
 for server in "${servers[@]}"; do

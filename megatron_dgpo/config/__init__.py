@@ -40,7 +40,8 @@ class ModelConfig(Section):
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters that compute; the optimizer keeps float32 copies."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
-    """Transformer layers; "auto" takes Transformer Engine's where it is installed and there is a GPU."""
+    """Transformer layers; "auto" takes Transformer Engine's for bfloat16 where it is installed and there is
+    a GPU."""
     transformer: dict[str, Any] = {}
     """Fields of Megatron's TransformerConfig by name."""
 

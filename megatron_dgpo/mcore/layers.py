@@ -93,8 +93,11 @@ class PackedSDPA(torch.nn.Module):
         grid = grid.index_copy(0, layout.grid_index_T, qkv)
         grid = grid.view(sequences, longest, *qkv.shape[1:]).transpose(1, 2)
         q, k, v = grid.split((heads, groups, groups), dim=1)
+        if q.is_cuda and q.dtype == torch.float32 and heads != groups:
+            # torch's float32 kernel for GPUs takes no groups; without it the L x L scores would exist.
+            k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scale, enable_gqa=heads != groups
+            q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != heads
         )
         return out.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, layout.grid_index_T)
 
@@ -179,7 +182,8 @@ def block_spec(
     """The layer spec and whether it is the torch-native one.
 
     `choice` is "torch", "transformer_engine" (raises ImportError where it is missing) or "auto"
-    (Transformer Engine where it is installed and there is a GPU).
+    (Transformer Engine where it is installed, there is a GPU, and parameters are bfloat16: it has no
+    float32 attention for packed sequences).
     """
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
@@ -187,7 +191,9 @@ def block_spec(
     have_te = have_transformer_engine()
     if choice == "transformer_engine" and not have_te:
         raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
-    if choice == "transformer_engine" or (choice == "auto" and have_te):
+    if choice == "transformer_engine" or (
+        choice == "auto" and have_te and config.params_dtype == torch.bfloat16
+    ):
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm
         ), False

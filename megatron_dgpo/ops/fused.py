@@ -84,7 +84,7 @@ def _reduce_kernel(
     held = live & (target >= tile * BLOCK) & (target < tl.minimum(tile * BLOCK + BLOCK, width))
     target_z = tl.load(logits_ptr + row * logits_stride + target, mask=held, other=0.0).to(tl.float32)
     out = parts_ptr + row * tiles + tile
-    step = tokens.to(tl.int64) * tiles
+    step = tl.cast(tokens, tl.int64) * tiles  # Triton makes an argument that is 1 a plain int
     tl.store(out, peak, mask=live)
     tl.store(out + step, total, mask=live)
     tl.store(out + 2 * step, numerator, mask=live)
@@ -139,7 +139,7 @@ def _merge_kernel(
     tile = tl.arange(0, TILES)
     inside = live[:, None] & (tile < tiles)[None, :]
     parts = parts_ptr + row[:, None] * tiles + tile[None, :]
-    step = tokens.to(tl.int64) * tiles
+    step = tl.cast(tokens, tl.int64) * tiles  # Triton makes an argument that is 1 a plain int
     total_b = tl.load(parts + step, mask=inside, other=0.0)
     peak_b = tl.load(parts, mask=inside, other=_FLOOR)
     peak, x_b, factor_b, mass_b, total = _weighted(peak_b, total_b, scale)

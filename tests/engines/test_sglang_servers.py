@@ -18,6 +18,7 @@ from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
     ServerProcess,
     answers,
+    check_nccl,
     check_server,
     command_line,
     visible_devices,
@@ -224,6 +225,30 @@ def test_the_port_of_a_server_that_loads_is_kept_for_it(folders: dict[str, Path]
         assert again.url != server.url
     with socket.socket() as other:
         other.bind(("127.0.0.1", port))
+
+
+def test_another_nccl_is_refused(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+
+    def does(code: str) -> None:
+        python.write_text(f"#!{sys.executable}\nimport sys\n{code}\n")
+        python.chmod(0o700)
+
+    does("print('2.28.9')")
+    check_nccl(python, "2.28.9")
+    with pytest.raises(ServerFailed, match="launch.python: its torch has NCCL 2.28.9, the trainer's 2.30.7"):
+        check_nccl(python, "2.30.7")
+    does("sys.exit('no module named torch')")
+    with pytest.raises(ServerFailed, match="has no torch with NCCL: no module named torch"):
+        check_nccl(python, "2.30.7")
+    with pytest.raises(ServerFailed, match="launch.python: .*no_python"):
+        check_nccl(tmp_path / "no_python", "2.30.7")
+
+
+def test_a_server_finds_the_tools_of_its_own_environment(folders: dict[str, Path], tmp_path: Path) -> None:
+    with stand_in(folders["qwen2"], tmp_path, "print(os.environ['PATH'])") as server:
+        with pytest.raises(ServerFailed, match=f"\n{tmp_path}{os.pathsep}{os.environ['PATH']}"):
+            server.wait_ready(30)
 
 
 def test_another_failure_is_not_taken_for_a_port_in_use(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -40,9 +40,14 @@ def check(kernel, constants, types):
     print(kernel.__name__)
 
 half = {"logits_ptr": "*bf16", "reference_ptr": "*fp16", "out_ptr": "*bf16"}
-check(fused._reduce_kernel, {"HAS_REFERENCE": True, "ROWS": 1, "BLOCK": fused._REDUCE_BLOCK}, half)
-check(fused._merge_kernel, {"HAS_REFERENCE": True, "ROWS": 16, "TILES": 64}, {})
-check(fused._gradient_kernel, {"HAS_ENTROPY": True, "ROWS": 1, "BLOCK": fused._GRADIENT_BLOCK}, half)
+reduce = {"HAS_REFERENCE": True, "ROWS": 1, "BLOCK": fused._REDUCE_BLOCK}
+merge = {"HAS_REFERENCE": True, "ROWS": 16, "TILES": 64}
+gradient = {"HAS_ENTROPY": True, "ROWS": 1, "BLOCK": fused._GRADIENT_BLOCK}
+# An integer that is 1 becomes a constant: chunks of one token, shards of one tile.
+for ones in ({}, {"tokens": 1}, {"tiles": 1}):
+    check(fused._reduce_kernel, reduce | ones, half)
+    check(fused._merge_kernel, merge | ones, {})
+    check(fused._gradient_kernel, gradient | ones, half)
 """
 
 
@@ -53,4 +58,4 @@ def test_kernels_compile_for_hopper(tmp_path):
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["_reduce_kernel", "_merge_kernel", "_gradient_kernel"]
+    assert run.stdout.split() == ["_reduce_kernel", "_merge_kernel", "_gradient_kernel"] * 3

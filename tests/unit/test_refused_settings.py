@@ -59,6 +59,14 @@ SETTINGS = {
         ["--ddp.use_distributed_optimizer", "false"],
         "ddp.use_distributed_optimizer: follows from the checkpoint format and cannot be set",
     ),
+    "overlap of the buffers": Case(
+        ["--ddp.overlap_param_gather", "true"],
+        "ddp.overlap_param_gather: follows from the export of whole parameters after a step and cannot be",
+    ),
+    "overlap of the optimizer": Case(
+        ["--optimizer.megatron.overlap_param_gather_with_optimizer_step", "true"],
+        "optimizer.megatron.overlap_param_gather_with_optimizer_step: follows from the export of whole",
+    ),
     # names
     "key": Case(["--train.step", 3], "train.step: unknown key (did you mean train.steps?)"),
     "key elsewhere": Case(["--train.lr", 3], "train.lr: unknown key (did you mean optimizer.lr?)"),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 
+import torch
+
 from megatron_dgpo import platform
 from megatron_dgpo.config import SGLangConfig, SyncConfig
 from megatron_dgpo.rollout.engine import SamplingParams
@@ -169,6 +171,8 @@ class SGLangEngine:
         self.client.version = version
         if self.client.own_names:
             self.client.own_names = {**self.client.own_names, str(version): version}
+        if self._config.colocate:
+            torch.cuda.empty_cache()  # what this process only keeps, the servers need when they wake
         try:
             for _ in range(_ATTEMPTS):
                 changed = self._heal() or changed

@@ -8,11 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from megatron_dgpo import platform
 from megatron_dgpo.config import SGLangConfig
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
     ServerProcess,
+    check_nccl,
     check_server,
     stop_servers,
     workers_of_router,
@@ -96,6 +99,8 @@ class Fleet:
         if self._config.router or self._config.urls:
             urls = workers_of_router(self._config.router) if self._config.router else self._config.urls
             return {url: check_server(url, self._model_path) for url in urls}
+        if platform.has_gpu() and not self._config.colocate:
+            check_nccl(self._config.launch.python, ".".join(map(str, torch.cuda.nccl.version())))
         numbers = range(self._config.launch.count)
         for n in numbers:
             self._start(n)

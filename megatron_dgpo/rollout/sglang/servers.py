@@ -159,6 +159,9 @@ class ServerProcess:
         env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
         env |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONUNBUFFERED="1")
         env["PYTHONSAFEPATH"] = "1"  # the launcher's neighbours are none of the server's modules
+        # SGLang compiles kernels with tools of its own environment (ninja).
+        own = str(self._launch.python.absolute().parent)
+        env["PATH"] = os.pathsep.join([own, env.get("PATH", os.defpath)])
         if not platform.has_gpu():
             return env | _CPU_ENVIRONMENT
         if not self._colocate:
@@ -331,6 +334,23 @@ def _reserve(wanted: int) -> socket.socket:
             f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
         ) from error
     return holder
+
+
+def check_nccl(python: Path, ours: str) -> None:
+    """Raises ServerFailed where this interpreter's NCCL is not the trainer's: the two form no group."""
+    code = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
+    key = "rollout.sglang.launch.python"
+    try:
+        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ServerFailed(f"{key}: {error}") from error
+    if done.returncode:
+        raise ServerFailed(f"{key}: {python} has no torch with NCCL: {done.stderr[-500:]}")
+    if (theirs := done.stdout.strip()) != ours:
+        raise ServerFailed(
+            f"{key}: its torch has NCCL {theirs}, the trainer's {ours}, and processes with different ones "
+            "form no group: install the same torch in both"
+        )
 
 
 # --- what is asked of any server --------------------------------------------------------------------

@@ -38,8 +38,12 @@ class UpdateSession:
         self.refusals: dict[str, str] = {}
 
     def rest(self) -> None:
-        """Have idle servers give up the memory of weights and cache. What was there is lost."""
-        self.refusals = {}
+        """Have servers give up the memory of weights and cache. What was there is lost.
+
+        They are paused until the next update: a request that was ended a moment ago may still take a step,
+        and SGLang's scheduler dies of this call while it does.
+        """
+        self.pause()
         self._resting = set(self._client.live)
         self._each("/release_memory_occupation", {"tags": _MEMORY}, sorted(self._resting))
 

@@ -107,8 +107,8 @@ class _Sender:
                 self.client.mark_dead(url, f"during a weight sync: {error}")
             elif url in first:
                 self.refusals[url] = str(error)
-            elif error is not None:
-                log.info("%s was held up by another server's failure: %s", url, error)
+            else:
+                self.held_up(url, error)
 
     def beside(self) -> Sequence[Future[Any]]:
         """What else has to come to an end before the servers' answers mean success."""
@@ -120,6 +120,11 @@ class _Sender:
     def break_off(self, answers: Collection[Future[Any]]) -> None:
         """Free servers that wait for more of it, and give them time to answer."""
         wait_for(answers, timeout=_GRACE_SECONDS)
+
+    def held_up(self, url: str, error: ServerError | None) -> None:
+        """A server that did its part, or would have but for another's failure."""
+        if error is not None:
+            log.info("%s was held up by another server's failure: %s", url, error)
 
 
 class Broadcast(_Sender):
@@ -147,7 +152,11 @@ class Broadcast(_Sender):
         self.name = name
         self.group: dist.ProcessGroup | None = None
         """None once it was broken off."""
+        self._device = device
+        self._stuck = False
+        """Whether servers may hang in a broadcast that was broken off."""
         self._work: dist.Work | None = None
+        self._sending: Future[None] | None = None
         self._joining: list[Future[dist.ProcessGroup]] = []
         address = socket.gethostname() if address == "hostname" else address
         world_size = 1 + sum(ranks.values())
@@ -180,7 +189,7 @@ class Broadcast(_Sender):
         self._joining = [joining]
         threading.Thread(
             target=_join,
-            args=(joining, address, port, name, world_size, device, limit),
+            args=(joining, address, port, name, world_size, device, timeout_seconds),
             daemon=True,
         ).start()
         # Joining waits for all; a server that cannot come says so long before that times out.
@@ -189,7 +198,7 @@ class Broadcast(_Sender):
             log.warning("the group for weights was not formed: %s", joining.exception())
 
     def beside(self) -> Sequence[Future[Any]]:
-        return self._joining
+        return [*self._joining, *([self._sending] if self._sending else [])]
 
     def send(self, bucket: WeightBucket, version: int) -> None:
         self.settle()
@@ -205,13 +214,26 @@ class Broadcast(_Sender):
             weight_version=str(version),
         )
         self.post_bucket("/update_weights_from_distributed", dict.fromkeys(self.servers, payload), bucket)
-        self._work = dist.broadcast(
-            bucket.flat.view(torch.uint8), group=self.group, group_src=0, async_op=True
-        )
+        # In a thread: NCCL's first broadcast meets the servers, without a limit of time, before it returns.
+        self._sending = Future()
+        what = (bucket.flat.view(torch.uint8), self.group, self._sending)
+        threading.Thread(target=self._broadcast, args=what, daemon=True).start()
+
+    def _broadcast(self, flat: Tensor, group: dist.ProcessGroup, sent: Future[None]) -> None:
+        try:
+            if flat.is_cuda:
+                # A new thread is on the first device; its stream is the default one, as the trainer's is.
+                torch.cuda.set_device(flat.device)
+            self._work = dist.broadcast(flat, group=group, group_src=0, async_op=True)
+            sent.set_result(None)
+        except Exception as error:
+            log.warning("a broadcast of weights failed: %s", error)
+            sent.set_exception(error)
 
     def answered(self) -> None:
         if self._joining:
             self.group = self._joining.pop().result()
+        self._sending = None
         # The servers have all of it, so this does not wait for long.
         if self._work is not None:
             self._work.wait()
@@ -222,9 +244,17 @@ class Broadcast(_Sender):
         for each in joining:
             each.add_done_callback(_discard)
             self._free_joiners(answers)
+        self._stuck = self._device.type == "cuda" and self._sending is not None
         self._drop_group()
         if not joining:
             super().break_off(answers)
+
+    def held_up(self, url: str, error: ServerError | None) -> None:
+        # A server answers before the data are there, and ending NCCL's group here does not end it there.
+        if self._stuck:
+            self.client.mark_dead(url, "it took part in a broadcast that was broken off")
+        else:
+            super().held_up(url, error)
 
     def _free_joiners(self, answers: Collection[Future[Any]]) -> None:
         """Members that wait for others answer at once when the store goes. One that comes too late for that
@@ -242,7 +272,7 @@ class Broadcast(_Sender):
                 log.info("no second store for late servers: %s", error)
 
     def _drop_group(self) -> None:
-        held, self.group, self._work = [self._work, self.group], None, None
+        held, self.group, self._work, self._sending = [self._work, self.group], None, None, None
         if held[1] is not None:
             # Its last reference must be the thread's: gloo waits, where that goes, until the group's time-out
             # for a server that refused what is being broadcast.
@@ -268,7 +298,7 @@ def _join(
     name: str,
     world_size: int,
     device: torch.device,
-    limit: timedelta,
+    timeout_seconds: float,
 ) -> None:
     """Become rank 0 of a group that is none of torch's own: the servers' ranks belong to other worlds.
 
@@ -277,9 +307,13 @@ def _join(
     from torch.distributed.distributed_c10d import Backend, PrefixStore, _new_process_group_helper, _world
 
     try:
+        limit = timedelta(seconds=timeout_seconds)
         # A connection like the servers', so that this thread does not keep the store itself.
         store = dist.TCPStore(address, port, world_size, is_master=False, timeout=limit)
-        backend = Backend("nccl" if device.type == "cuda" else "gloo")
+        on_gpu = device.type == "cuda"
+        backend = Backend("nccl" if on_gpu else "gloo")
+        # NCCL ends the whole process at this limit, so that whoever waits for the servers must give up first.
+        lasting = 2 * limit + timedelta(minutes=2) if on_gpu else limit
         group, _ = _new_process_group_helper(
             world_size,
             0,
@@ -287,7 +321,7 @@ def _join(
             backend,
             PrefixStore(name, store),
             group_name=name,  # type: ignore[arg-type]
-            timeout=limit,
+            timeout=lasting,
         )
         _world.pg_group_ranks[group] = {rank: rank for rank in range(world_size)}
         joined.set_result(group)
