@@ -41,9 +41,11 @@ class WandbRun:
             raise ImportError("W&B was asked for: install the wandb package") from error
         folder = Path(folder).resolve()
         self._run: Any = None
-        if "WANDB_LOGIN_TIMEOUT" not in os.environ:  # on a terminal it would ask for a key for ever
-            wandb.setup(wandb.Settings(login_timeout=_LOGIN_SECONDS))
         try:
+            # Unless somebody chose a limit, it would ask for a key on a terminal for ever.
+            limited = "WANDB_LOGIN_TIMEOUT" in os.environ
+            setup = wandb.setup(None if limited else wandb.Settings(login_timeout=_LOGIN_SECONDS))
+            switched_off = setup.settings.mode == "disabled"
             self._run = wandb.init(
                 project=project,
                 id=_run_id(folder, project),
@@ -56,7 +58,7 @@ class WandbRun:
                     console="off", quiet=True, disable_git=True, finish_timeout=_FINISH_SECONDS
                 ),
             )
-            if self._run.disabled and os.environ.get("WANDB_MODE") != "disabled":
+            if self._run.disabled and not switched_off:
                 raise wandb.errors.UsageError("no key was entered; set WANDB_API_KEY")
             for phase in ("train", "eval"):
                 self._run.define_metric(f"{phase}/*", step_metric="step")

@@ -7,11 +7,14 @@ import json
 import logging
 import math
 import os
+import select
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +126,17 @@ def test_what_wandb_holds_is_what_metrics_jsonl_holds(tmp_path: Path) -> None:
         )
 
 
+def test_switched_off_it_gets_nothing_and_the_run_goes_on(tmp_path: Path) -> None:
+    done = start(tmp_path / "off", 0, 2, WANDB_MODE="disabled")
+    assert done.returncode == 0, done.stderr
+    settings = tmp_path / "by command/.config/wandb/settings"  # what `wandb disabled` writes
+    settings.parent.mkdir(parents=True)
+    settings.write_text("[default]\nmode = disabled\n")
+    done = start(tmp_path / "by command", 0, 2)
+    assert done.returncode == 0, done.stderr
+    assert len(read_metrics(tmp_path / "by command")) == 2
+
+
 def test_no_key_is_refused_and_no_network_is_not(tmp_path: Path) -> None:
     nowhere = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_INIT_TIMEOUT": "3"}
     done = start(tmp_path / "keyless", 0, 2, **nowhere)
@@ -142,10 +156,14 @@ def test_a_terminal_is_not_asked_for_a_key_for_ever(tmp_path: Path) -> None:
         words = command(tmp_path, 0, 2)
         process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
         os.close(terminal)
-        said = b""
+        said, deadline = b"", time.monotonic() + 90
         with contextlib.suppress(OSError):  # at its end
-            while part := os.read(keyboard, 4096):
+            while select.select([keyboard], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                part = os.read(keyboard, 4096)
+                if not part:
+                    break
                 said += part
+        assert time.monotonic() < deadline, said
         assert process.wait(60) == 1
     finally:
         process.kill()
@@ -153,6 +171,20 @@ def test_a_terminal_is_not_asked_for_a_key_for_ever(tmp_path: Path) -> None:
     last = said.decode().strip().splitlines()[-1]
     assert last.startswith("ValueError: observe.wandb_project: no key was entered; set WANDB_API_KEY, or ")
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> list[float | None]:
+    """W&B's time limits for a key, from starts that begin nothing of W&B's own."""
+    monkeypatch.delenv("WANDB_LOGIN_TIMEOUT", raising=False)
+    given: list[float | None] = []
+
+    def setup(settings: Any) -> SimpleNamespace:
+        given.append(settings.login_timeout)
+        return SimpleNamespace(settings=SimpleNamespace(mode="online"))
+
+    monkeypatch.setattr(wandb, "setup", setup)
+    return given
 
 
 class Failing:
@@ -175,21 +207,21 @@ class Failing:
         self.calls.append("finish")
 
 
-def test_a_failure_later_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog) -> None:
+def test_a_failure_later_is_said_once_and_the_run_goes_on(tmp_path, monkeypatch, caplog, limits) -> None:
     failing = Failing()
     monkeypatch.setattr(wandb, "init", lambda **_: failing)
     caplog.set_level(logging.WARNING)
     with MetricsWriter(tmp_path, tensorboard=False, wandb=WandbRun(tmp_path, "p", {})) as writer:
         for step in range(1, 5):
             writer.write(step, {"loss": 1.0})
-    assert failing.calls == ["define", "define", "log 1", "log 2"]
+    assert failing.calls == ["define", "define", "log 1", "log 2"] and limits == [60.0]
     assert [r.getMessage() for r in caplog.records] == [
         "W&B gets nothing more of this run, metrics.jsonl has it all: gone for good"
     ]
     assert len(read_metrics(tmp_path)) == 4
 
 
-def test_another_project_is_another_run(tmp_path, monkeypatch) -> None:
+def test_another_project_is_another_run(tmp_path, monkeypatch, limits) -> None:
     ids = []
     monkeypatch.setattr(wandb, "init", lambda **words: (ids.append(words["id"]), Failing())[1])
     for project in ("one", "one", "two"):

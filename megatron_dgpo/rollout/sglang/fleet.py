@@ -99,11 +99,11 @@ class Fleet:
         if self._config.router or self._config.urls:
             urls = workers_of_router(self._config.router) if self._config.router else self._config.urls
             return {url: check_server(url, self._model_path) for url in urls}
-        if platform.has_gpu() and not self._config.colocate:
-            check_nccl(self._config.launch.python, ".".join(map(str, torch.cuda.nccl.version())))
         numbers = range(self._config.launch.count)
         for n in numbers:
             self._start(n)
+        if platform.has_gpu() and not self._config.colocate:  # while they load
+            check_nccl(self._config.launch.python, ".".join(map(str, torch.cuda.nccl.version())))
         return dict(self._ready(n) for n in numbers)
 
     def _start(self, number: int) -> None:

@@ -156,7 +156,7 @@ class ServerProcess:
         return {**({} if gpu else _CPU_ARGS), **own, **self._launch.args, "port": self._port}
 
     def _environment(self) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+        env = _own_environment()
         env |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONUNBUFFERED="1")
         env["PYTHONSAFEPATH"] = "1"  # the launcher's neighbours are none of the server's modules
         # SGLang compiles kernels with tools of its own environment (ninja).
@@ -272,6 +272,11 @@ def stop_servers(servers: Collection[ServerProcess]) -> None:
         server.stop()
 
 
+def _own_environment() -> dict[str, str]:
+    """This process's, without what would mislead another interpreter."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
+
+
 def _session_of(pid: int) -> int | None:
     try:
         return os.getsid(pid)
@@ -341,7 +346,9 @@ def check_nccl(python: Path, ours: str) -> None:
     code = "import torch; print('.'.join(map(str, torch.cuda.nccl.version())))"
     key = "rollout.sglang.launch.python"
     try:
-        done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [python, "-c", code], capture_output=True, text=True, timeout=120, env=_own_environment()
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ServerFailed(f"{key}: {error}") from error
     if done.returncode:

@@ -40,10 +40,11 @@ class UpdateSession:
     def rest(self) -> None:
         """Have servers give up the memory of weights and cache. What was there is lost.
 
-        They are paused until the next update: a request that was ended a moment ago may still take a step,
-        and SGLang's scheduler dies of this call while it does.
+        They are paused until the next update, in the only way that empties SGLang's running batch: a request
+        that was ended a moment ago would still take a step, and the scheduler dies of this call while it
+        does. Paused, a server keeps a core busy.
         """
-        self.pause()
+        self._pause("retract")
         self._resting = set(self._client.live)
         self._each("/release_memory_occupation", {"tags": _MEMORY}, sorted(self._resting))
 
@@ -55,12 +56,15 @@ class UpdateSession:
 
     def pause(self) -> None:
         """Stop drawing. Requests that arrive from now on wait."""
+        self._pause(self._in_flight)
+
+    def _pause(self, mode: Literal["retract", "abort"]) -> None:
         self.refusals = {}
         live = self._client.live
         # Releases without sessions die of a flush with a retracted request.
         old = [url for url in live if url in self._without_sessions]
         self._each("/pause_generation", {"mode": "abort"}, old)
-        self._each("/pause_generation", {"mode": self._in_flight}, [u for u in live if u not in old])
+        self._each("/pause_generation", {"mode": mode}, [u for u in live if u not in old])
 
     def begin(self) -> None:
         """Open the update; one that was left open by a failed attempt is closed first."""

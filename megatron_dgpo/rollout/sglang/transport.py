@@ -100,6 +100,7 @@ class _Sender:
             return
         self.failed = True
         first = {url: e for url, a in answers.items() if a.done() and (e := a.exception())}
+        refused = any(isinstance(error, ServerError) for error in first.values())
         self.break_off(answers.values())
         for url, answer in answers.items():
             error = answer.exception() if answer.done() else TimeoutError("it does not answer any more")
@@ -108,7 +109,7 @@ class _Sender:
             elif url in first:
                 self.refusals[url] = str(error)
             else:
-                self.held_up(url, error)
+                self.held_up(url, error, refused=refused)
 
     def beside(self) -> Sequence[Future[Any]]:
         """What else has to come to an end before the servers' answers mean success."""
@@ -121,8 +122,8 @@ class _Sender:
         """Free servers that wait for more of it, and give them time to answer."""
         wait_for(answers, timeout=_GRACE_SECONDS)
 
-    def held_up(self, url: str, error: ServerError | None) -> None:
-        """A server that did its part, or would have but for another's failure."""
+    def held_up(self, url: str, error: ServerError | None, *, refused: bool) -> None:
+        """A server that did its part, or would have but for another's failure, or refusal."""
         if error is not None:
             log.info("%s was held up by another server's failure: %s", url, error)
 
@@ -228,7 +229,7 @@ class Broadcast(_Sender):
             sent.set_result(None)
         except Exception as error:
             log.warning("a broadcast of weights failed: %s", error)
-            sent.set_exception(error)
+            sent.set_exception(error.with_traceback(None))  # its frames would keep the bucket and the group
 
     def answered(self) -> None:
         if self._joining:
@@ -249,12 +250,13 @@ class Broadcast(_Sender):
         if not joining:
             super().break_off(answers)
 
-    def held_up(self, url: str, error: ServerError | None) -> None:
+    def held_up(self, url: str, error: ServerError | None, *, refused: bool) -> None:
         # A server answers before the data are there, and ending NCCL's group here does not end it there.
-        if self._stuck:
+        # Where another one refused, the run ends, and nothing has to be replaced.
+        if self._stuck and not refused:
             self.client.mark_dead(url, "it took part in a broadcast that was broken off")
         else:
-            super().held_up(url, error)
+            super().held_up(url, error, refused=refused)
 
     def _free_joiners(self, answers: Collection[Future[Any]]) -> None:
         """Members that wait for others answer at once when the store goes. One that comes too late for that
