@@ -9,8 +9,7 @@ import difflib
 import ipaddress
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import Field
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -420,14 +419,16 @@ _PLAIN = {
 }
 
 
-def check_passthrough(section: str, given: Mapping[str, Any], fields: Iterable[Field]) -> Iterator[str]:
-    """Problems for names that Megatron's dataclass does not have, and for plain fields' types."""
-    names = {f.name: f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "") for f in fields}
+def check_passthrough(section: str, given: Mapping[str, Any], types: Mapping[str, str]) -> Iterator[str]:
+    """Problems for names that Megatron's dataclass does not have, and for plain fields' types.
+
+    `types`: each of its fields -> the type as text (see `mcore.fields`).
+    """
     for key, value in given.items():
-        accepted, expected = _PLAIN.get(names.get(key, ""), ((), ""))
+        accepted, expected = _PLAIN.get(types.get(key, ""), ((), ""))
         if accepted and type(value) not in accepted:
             yield f"{section}.{key}: {value!r} is not {expected}"
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1)
+        if key not in types:
+            near = difflib.get_close_matches(key, types, n=1)
             hint = f" (did you mean {section}.{near[0]}?)" if near else ""
             yield f"{section}.{key}: Megatron has no such field{hint}"

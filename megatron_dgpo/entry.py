@@ -1,49 +1,40 @@
-"""What happens before a run starts: its settings, its input files and its folder, checked and loaded.
+"""What happens before a run starts: its settings and its folder are checked, and what it reads is loaded.
 
-Everything here ends the process with one line a problem and status 2 (see `cli.refusals`); nothing of
-it needs a process group or a model.
+Everything that is refused here ends the process with one line a problem and status 2 (see `cli.refusals`).
+torch, transformers and Megatron take seconds to import, and whoever mistyped a setting should not wait for
+them: a check imports them only where a setting asks for what they alone know, and `start` once all settings
+are right.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fcntl
 import importlib.util
 import logging
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig
-from megatron.core.transformer.transformer_config import TransformerConfig
-from transformers import AutoTokenizer
-
-from megatron_dgpo.algorithms import build_algorithm
 from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
-from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, validate
-from megatron_dgpo.config import RESERVED_POSITIONS, Config, SFTConfig, SFTDataConfig
-from megatron_dgpo.config.sources import HubDataset, parse_source
-from megatron_dgpo.data import load_prompts, load_supervised
-from megatron_dgpo.data.problems import read_problems
-from megatron_dgpo.data.prompts import deduplicate
-from megatron_dgpo.data.sources import read_rows
-from megatron_dgpo.data.supervised import SupervisedExample
+from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, refusals, validate
+from megatron_dgpo.config import Config
+from megatron_dgpo.mcore.fields import PASSED_THROUGH
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
-from megatron_dgpo.mcore.layers import have_transformer_engine
-from megatron_dgpo.mcore.model import OWNED_TRANSFORMER_FIELDS
-from megatron_dgpo.mcore.policy import OWNED_DDP_FIELDS, OWNED_OPTIMIZER_FIELDS
+from megatron_dgpo.observe.console import set_up_logging
 from megatron_dgpo.rewards import build_reward, build_term, reward_names
-from megatron_dgpo.rollout.policies import prompts_per_draw
-from megatron_dgpo.types import Prompt
 
+if TYPE_CHECKING:
+    from megatron_dgpo.platform import Groups
+
+D = TypeVar("D")
 log = logging.getLogger(__name__)
 
 
 def parse(argv: Sequence[str], schema: type[C]) -> C:
-    """Config from the command line, with the checks that need Megatron or the run folder.
+    """Config from the command line, with the checks that need more than the config itself.
 
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
@@ -56,19 +47,17 @@ def parse(argv: Sequence[str], schema: type[C]) -> C:
 
 
 def _megatron_fields(config: AnyConfig) -> Iterator[str]:
-    for section, given, cls in (
-        ("model.transformer", config.model.transformer, TransformerConfig),
-        ("ddp", config.ddp, DistributedDataParallelConfig),
-        ("optimizer.megatron", config.optimizer.megatron, OptimizerConfig),
-    ):
-        yield from check_passthrough(section, given, dataclasses.fields(cls))
-    for section, given, owned in (
-        ("model.transformer", config.model.transformer, OWNED_TRANSFORMER_FIELDS),
-        ("optimizer.megatron", config.optimizer.megatron, OWNED_OPTIMIZER_FIELDS),
-        ("ddp", config.ddp, OWNED_DDP_FIELDS),
-    ):
-        for key in sorted(owned.keys() & given.keys()):
-            yield f"{section}.{key}: follows from {owned[key]} and cannot be set"
+    given = {
+        "model.transformer": config.model.transformer,
+        "ddp": config.ddp,
+        "optimizer.megatron": config.optimizer.megatron,
+    }
+    for of in PASSED_THROUGH:
+        if given[of.section]:
+            yield from check_passthrough(of.section, given[of.section], of.types())
+    for of in PASSED_THROUGH:
+        for key in sorted(of.owned.keys() & given[of.section].keys()):
+            yield f"{of.section}.{key}: follows from {of.owned[key]} and cannot be set"
 
 
 def _used_folder(config: AnyConfig) -> Iterator[str]:
@@ -130,17 +119,28 @@ def _model_family(config: AnyConfig) -> Iterator[str]:
 
 
 def _layer_spec(config: AnyConfig) -> Iterator[str]:
-    if config.model.layer_spec == "transformer_engine" and not have_transformer_engine():
+    if config.model.layer_spec == "transformer_engine" and not _have_transformer_engine():
         yield (
             "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
             "'auto' and 'torch' do without"
         )
 
 
+def _have_transformer_engine() -> bool:
+    if importlib.util.find_spec("transformer_engine") is None:
+        return False
+    from megatron_dgpo import platform  # noqa: F401 - Megatron's warnings are filtered before it is imported
+    from megatron_dgpo.mcore.layers import have_transformer_engine
+
+    return have_transformer_engine()
+
+
 def _algorithm(config: AnyConfig) -> Iterator[str]:
     """One of the user's own is imported, and says itself what is wrong with its settings."""
     if not isinstance(config, Config) or ":" not in config.algorithm.name:
         return
+    from megatron_dgpo.algorithms import build_algorithm  # imports torch, as the user's own does
+
     try:
         built = build_algorithm(config.algorithm, vocab_size=2, max_response_tokens=1)
     except ValueError as error:
@@ -196,123 +196,35 @@ def _reward_terms(config: Config) -> Iterator[str]:
             yield f"reward.terms.{k}: {term.name} occurs twice"
 
 
-# --- input files and folder -------------------------------------------------------------------------
-
-
-def load_tokenizer(config: AnyConfig) -> Any:
-    """The model folder's tokenizer. Raises ValueError where it cannot end a response."""
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.path: the tokenizer of {config.model.path} has no eos_token, which ends a response"
-        )
-    return tokenizer
-
-
-def load_train(config: Config, tokenizer: Any) -> list[Prompt]:
-    """The prompts to train on.
-
-    Raises ValueError or OSError, naming file and row, for what cannot be read, and ConfigError where a step
-    takes more of them.
-    """
-    prompts = load_prompts(
-        config.data.train,
-        tokenizer,
-        prompt_key=config.data.prompt_key,
-        answer_key=config.data.answer_key,
-        apply_chat_template=config.data.apply_chat_template,
-        system_prompt=config.data.system_prompt,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-    )
-    key = "rollout.oversampling" if config.rollout.oversampling > 1 else "train.prompts_per_step"
-    require_prompts(key, prompts_per_draw(config), len(prompts))
-    return prompts
-
-
-def load_examples(config: SFTConfig, tokenizer: Any) -> list[SupervisedExample]:
-    """The same for a supervised run."""
-    examples = load_supervised(
-        config.data.train,
-        tokenizer,
-        prompt_key=config.data.prompt_key,
-        response_key=config.data.response_key,
-        apply_chat_template=config.data.apply_chat_template,
-        max_tokens=config.data.max_tokens,
-        system_prompt=config.data.system_prompt,
-    )
-    require_prompts("train.batch_size", config.train.batch_size, len(examples))
-    return examples
-
-
-def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
-    """The evaluation's prompts, each problem once."""
-    if not config.evaluation.data:
-        return []
-    prompts = deduplicate(
-        load_prompts(
-            config.evaluation.data,
-            tokenizer,
-            prompt_key=config.evaluation.prompt_key,
-            answer_key=config.evaluation.answer_key,
-            apply_chat_template=config.data.apply_chat_template,
-            system_prompt=config.data.system_prompt,
-        )
-    )
-    prompts = prompts[: config.evaluation.max_problems or None]
-    limit = ModelShape.from_folder(config.model.path).max_positions
-    if isinstance(config, Config) and config.rollout.engine == "sglang":
-        limit -= RESERVED_POSITIONS
-    for prompt in prompts:
-        if (length := len(prompt.token_ids) + config.rollout.max_new_tokens) > limit:
-            raise ValueError(
-                f"evaluation.data, {prompt.id}: {len(prompt.token_ids)} tokens and rollout.max_new_tokens "
-                f"make {length}, and the model has {limit} positions for them"
-            )
-    return prompts
-
-
 def _data_there(config: AnyConfig) -> Iterator[str]:
-    """What a dry run finds in the data: all that a run reads where all of it is there, and the tokenizer;
-    otherwise the rows of the files that are."""
-    tokenizer = load_tokenizer(config) if (config.model.path / "tokenizer.json").is_file() else None
-    for key, sources in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
-        parsed = [parse_source(text) for text in sources]
-        files = [source for source in parsed if isinstance(source, Path) and source.is_file()]
-        rows = sum([_rows(config, key, file) for file in files])
-        if rows:
-            yield f"{key}: {rows:,} rows in {len(files)} of {len(parsed)} sources"
-        yield from (f"{key}: {s} is not looked at by a dry run" for s in parsed if isinstance(s, HubDataset))
-        if not files or len(files) < len(parsed):
-            continue
-        if tokenizer is None:
-            yield f"{key}: how long they are in tokens is not known without the tokenizer"
-            continue
-        if key == "evaluation.data":
-            what, lengths = "problems", [len(p.token_ids) for p in load_heldout(config, tokenizer)]
-        elif isinstance(config, Config):
-            what, lengths = "prompts", [len(p.token_ids) for p in load_train(config, tokenizer)]
-        else:
-            what, lengths = "examples", [e.num_tokens for e in load_examples(config, tokenizer)]
-        mean = sum(lengths) / len(lengths)
-        yield (
-            f"{key}: {len(lengths):,} {what} that are used, of {min(lengths):,} to {max(lengths):,} tokens, "
-            f"{mean:,.1f} in the mean"
-        )
+    from megatron_dgpo.inputs import data_there
+
+    return data_there(config)
 
 
-def _rows(config: AnyConfig, key: str, file: Path) -> int:
-    """Raises ValueError for a row that is malformed."""
-    section = config.evaluation if key == "evaluation.data" else config.data
-    if isinstance(section, SFTDataConfig):
-        return sum(1 for _ in read_rows(file, [section.prompt_key, section.response_key]))
-    found = read_problems([file], prompt_key=section.prompt_key, answer_key=section.answer_key)
-    return sum(1 for _ in found)
+# --- the run ----------------------------------------------------------------------------------------
 
 
-def require_prompts(key: str, wanted: int, given: int) -> None:
-    """Raises ConfigError when the data have fewer rows than a step takes: none may occur twice in it."""
-    if wanted > given:
-        raise ConfigError([f"{key}: {wanted} is more than the {given} rows of data.train"])
+def start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None]) -> None:
+    """This rank's part of a run: read the data, claim the folder, build the process groups, call `run`.
+
+    What is wrong with data or folder ends the process as `parse` does; an exception is told to torchrun too.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(_start)(config, load, run)
+
+
+def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None]) -> None:
+    set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
+    with refusals():
+        data = load(config)
+        lock = claim(config.run.folder)
+
+    from megatron_dgpo import platform
+
+    with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
+        run(config, groups, data)
 
 
 def claim(folder: Path) -> IO[str] | None:

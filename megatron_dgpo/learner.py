@@ -19,7 +19,7 @@ from megatron_dgpo import platform
 from megatron_dgpo.algorithms import Algorithm
 from megatron_dgpo.algorithms.batch import only
 from megatron_dgpo.algorithms.quantiles import PERCENTS, quantiles
-from megatron_dgpo.data import PackItem, pack
+from megatron_dgpo.data.packing import PackItem, pack
 from megatron_dgpo.mcore.policy import Frozen, NonFiniteUpdate, Policy, pad_for_sequence_parallel
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.ops import linear_token_stats

@@ -37,7 +37,7 @@ def _step(config: Config, world_size: int, dp: int) -> Iterator[str]:
     samples = t.prompts_per_step * t.samples_per_prompt
     updates = t.epochs_per_rollout * math.ceil(t.prompts_per_step / t.prompts_per_minibatch)
     longest = config.data.max_prompt_tokens + r.max_new_tokens
-    drawn = math.ceil(round(t.prompts_per_step * r.oversampling, 6)) * t.samples_per_prompt
+    drawn = config.prompts_per_draw * t.samples_per_prompt
     more = f", of {drawn:,} drawn" if drawn > samples else ""
     more += f", in up to {r.max_rounds} draws until enough groups differ" if r.dynamic_sampling else ""
     yield (

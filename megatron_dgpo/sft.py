@@ -1,66 +1,34 @@
 """The supervised cold start: `torchrun -m megatron_dgpo.sft CONFIG.toml [--section.key value]`.
 
 Same model, parallelism, optimizer and checkpoints as the reinforcement run; its exported policy is
-where that one starts.
+where that one starts. As there, what takes seconds to import is imported by `run`.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
+from typing import TYPE_CHECKING
 
-import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
+from megatron_dgpo.config import SFTConfig
+from megatron_dgpo.entry import parse, start
 
-from megatron_dgpo import platform
-from megatron_dgpo.algorithms.surrogate import token_coefficients
-from megatron_dgpo.cli import refusals
-from megatron_dgpo.config import SFTConfig, SyncConfig
-from megatron_dgpo.data import PackItem, PromptCursor, pack
-from megatron_dgpo.data.supervised import SupervisedExample
-from megatron_dgpo.entry import claim, load_examples, load_heldout, load_tokenizer, parse
-from megatron_dgpo.learner import score_sequences, supervised_loss
-from megatron_dgpo.mcore.policy import Policy
-from megatron_dgpo.observe.console import Console, set_up_logging
-from megatron_dgpo.rewards import build_reward
-from megatron_dgpo.run import (
-    Evaluator,
-    RunFolder,
-    RunState,
-    StopSignal,
-    build_engine,
-    build_policy,
-    finish,
-    restore_or_start,
-)
-from megatron_dgpo.types import PackedBatch, Prompt
-from megatron_dgpo.weights.sync import WeightSync
+if TYPE_CHECKING:
+    from megatron_dgpo.inputs import SupervisedData
+    from megatron_dgpo.platform import Groups
 
 _REPORT_EVERY_SECONDS = 10.0
 
 
-@dataclass(frozen=True)
-class Data:
-    """What a run reads before it builds anything."""
-
-    examples: list[SupervisedExample]
-    heldout: list[Prompt]
-    stop_ids: tuple[int, ...]
-
-
-def load_data(config: SFTConfig) -> Data:
-    """Raises ValueError or OSError, naming file and row, for what cannot be read."""
-    tokenizer = load_tokenizer(config)
-    return Data(load_examples(config, tokenizer), load_heldout(config, tokenizer), (tokenizer.eos_token_id,))
-
-
-def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:
+def run(config: SFTConfig, groups: Groups, data: SupervisedData) -> None:
     """The whole run on one rank."""
+    from megatron_dgpo.coldstart import batch_of_step, evaluate, global_sum
+    from megatron_dgpo.data import PromptCursor
+    from megatron_dgpo.learner import supervised_loss
+    from megatron_dgpo.observe.console import Console
+    from megatron_dgpo.run import RunFolder, StopSignal, build_policy, finish, restore_or_start
+
     started, stop = time.perf_counter(), StopSignal()
     console = Console(config.run.quiet, groups.rank)
     c, examples = config.train, data.examples
@@ -102,67 +70,11 @@ def run(config: SFTConfig, groups: platform.Groups, data: Data) -> None:
     folder.close()
 
 
-def batch_of_step(
-    examples: Sequence[SupervisedExample], config: SFTConfig, groups: platform.Groups
-) -> list[PackedBatch]:
-    """This replica's share of a step's examples, packed; the loss is the mean over all answer tokens."""
-    mine = examples[groups.dp.rank() :: groups.dp.size()]
-    items = [PackItem(e.prompt_ids, e.response_ids) for e in mine]
-    batches = pack(items, max_tokens=config.train.max_tokens_per_microbatch, device=groups.device)
-    num_tokens = sum(len(e.response_ids) for e in examples)
-    for batch in batches:
-        batch.coefficients_T = token_coefficients(
-            batch.cu_seqlens,
-            batch.loss_mask_T,
-            "token_mean",
-            num_sequences=len(examples),
-            num_tokens=num_tokens,
-        )
-    return batches
-
-
-def global_sum(value: float, groups: platform.Groups) -> float:
-    """Sum over replicas of a number that is right on the ranks that speak for tokens."""
-    import torch
-
-    total = torch.tensor(
-        [value if groups.speaks_for_tokens else 0.0], dtype=torch.float64, device=groups.device
-    )
-    dist.all_reduce(total, group=groups.world)
-    return float(total)
-
-
-def evaluate(
-    config: SFTConfig,
-    groups: platform.Groups,
-    policy: Policy,
-    data: Data,
-    folder: RunFolder,
-    state: RunState,
-    console: Console,
-) -> None:
-    """Held-out accuracy of the finished cold start."""
-    engine = build_engine(config, groups)
-    score = partial(score_sequences, policy, max_tokens=config.train.max_tokens_per_microbatch)
-    WeightSync(policy.model, groups, engine, SyncConfig(), score).push(version=state.step)
-    r = config.reward
-    with build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers) as reward:
-        evaluator = Evaluator(config, groups, engine, reward, data.heldout, data.stop_ids)
-        result = evaluator(console, state.step)
-    engine.close()
-    state.evaluations[str(state.step)] = result
-    folder.write_metrics(state.step, result, "eval")
-
-
-@record
 def main(argv: Sequence[str] | None = None) -> None:
     config = parse(sys.argv[1:] if argv is None else argv, SFTConfig)
-    set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
-    with refusals():
-        data = load_data(config)
-        lock = claim(config.run.folder)
-    with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
-        run(config, groups, data)
+    from megatron_dgpo.inputs import load_supervised_data
+
+    start(config, load_supervised_data, run)
 
 
 if __name__ == "__main__":

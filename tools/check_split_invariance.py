@@ -55,7 +55,8 @@ from megatron_dgpo.checks import check_all
 from megatron_dgpo.cli import ConfigError, compose, refusals, validate
 from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_prompts
-from megatron_dgpo.entry import MODEL_CHECKS, load_tokenizer
+from megatron_dgpo.entry import MODEL_CHECKS
+from megatron_dgpo.inputs import load_tokenizer
 from megatron_dgpo.mcore.model import ModelShape
 from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights import convert

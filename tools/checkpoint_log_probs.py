@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import ParallelConfig
-from megatron_dgpo.data import PackItem, pack, unpack
+from megatron_dgpo.data.packing import PackItem, pack, unpack
 from megatron_dgpo.mcore.checkpoint import load_weights
 from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.mcore.model import build_model

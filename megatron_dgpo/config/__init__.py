@@ -7,6 +7,7 @@ Needs only pydantic. The algorithms' settings are in `config.algorithms`.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -352,6 +353,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     observe: ObserveConfig = ObserveConfig()
+
+    @property
+    def prompts_per_draw(self) -> int:
+        """Prompts of a draw, over all ranks."""
+        # 10 * 1.1 is a little above 11 in binary.
+        return math.ceil(round(self.train.prompts_per_step * self.rollout.oversampling, 6))
 
 
 class SFTCheckpointConfig(CheckpointConfig):

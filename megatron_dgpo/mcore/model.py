@@ -24,24 +24,6 @@ from megatron_dgpo.mcore.hf_config import ModelShape, RopeScaling
 from megatron_dgpo.mcore.layers import PackedLayout, block_spec
 from megatron_dgpo.types import PackedBatch
 
-_FROM_HF = "the model's config.json"
-OWNED_TRANSFORMER_FIELDS = {
-    **dict.fromkeys(
-        ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-         "ffn_hidden_size", "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func",
-         "add_bias_linear", "add_qkv_bias", "qk_layernorm", "init_method_std"),
-        _FROM_HF,
-    ),
-    **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "model.params_dtype"),
-    **dict.fromkeys(
-        ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-         "sequence_parallel", "variable_seq_lengths"),
-        "the [parallel] section",
-    ),
-    **dict.fromkeys(("calculate_per_token_loss",), "the loss's global denominators"),
-}  # fmt: skip
-"""TransformerConfig fields that users may not override, and what each follows from."""
-
 
 def transformer_config(
     shape: ModelShape, parallel: Any, params_dtype: torch.dtype, overrides: Mapping[str, Any]

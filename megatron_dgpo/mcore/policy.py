@@ -34,22 +34,6 @@ LossFn = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]
 """Like MicrobatchFn; the scalar loss is this micro-batch's share of the mini-batch's sum."""
 
 
-_WHOLE = "the export of whole parameters after a step"
-OWNED_OPTIMIZER_FIELDS = {
-    **{name: f"optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "clip_grad")},
-    **{name: f"optimizer.{name}" for name in ("adam_beta1", "adam_beta2", "adam_eps")},
-    **dict.fromkeys(("bf16", "fp16", "params_dtype"), "model.params_dtype"),
-    "use_distributed_optimizer": "the checkpoint format",
-    "overlap_param_gather_with_optimizer_step": _WHOLE,
-}
-OWNED_DDP_FIELDS = {
-    "use_distributed_optimizer": "the checkpoint format",
-    "average_in_collective": "the loss's global denominators",
-    "overlap_param_gather": _WHOLE,
-}
-"""Fields of Megatron's dataclasses that users may not override, and what each follows from."""
-
-
 class NonFiniteUpdate(RuntimeError):
     """The loss or the gradient is not a number; the parameters must not be used any more."""
 

@@ -6,7 +6,6 @@ which random numbers they meet. Without dynamic sampling and aborted samples eve
 
 from __future__ import annotations
 
-import math
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -54,12 +53,6 @@ class Rollout:
     @property
     def groups(self) -> list[Group]:
         return [g for groups in self.minibatches for g in groups]
-
-
-def prompts_per_draw(config: Config) -> int:
-    """Prompts of a draw, over all ranks."""
-    # 10 * 1.1 is a little above 11 in binary.
-    return math.ceil(round(config.train.prompts_per_step * config.rollout.oversampling, 6))
 
 
 class Rollouts:
@@ -185,6 +178,6 @@ def _shortage(c: Config, selection: Selection) -> str:
     return (
         f"rollout: {c.train.prompts_per_step - selection.missing} of train.prompts_per_step = "
         f"{c.train.prompts_per_step} groups are usable after {selection.tally.rounds} draws of "
-        f"{prompts_per_draw(c)} prompts; of {n.total()} groups {right} were all right, {wrong} all wrong, "
+        f"{c.prompts_per_draw} prompts; of {n.total()} groups {right} were all right, {wrong} all wrong, "
         f"{n[Verdict.NO_REWARD]} without a reward, {n[Verdict.UNFINISHED]} not finished. Use {change}"
     )

@@ -43,9 +43,9 @@ def build(folder, name, tied, dtype):
 
 def train(policy, updates):
     """[(loss, gradient norm, learning rate)] of further updates on one batch."""
-    from megatron_dgpo.data import PackItem, pack
+    from megatron_dgpo.coldstart import global_sum
+    from megatron_dgpo.data.packing import PackItem, pack
     from megatron_dgpo.learner import supervised_loss
-    from megatron_dgpo.sft import global_sum
 
     batches = pack([PackItem(*pair) for pair in sequences()], max_tokens=60, min_batches=2)
     for batch in batches:

@@ -105,7 +105,7 @@ class Judge:
 
     def log_probs(self, c: Config, row: Row) -> np.ndarray:
         """(tokens, V) at the sampling temperature."""
-        from megatron_dgpo.train import load_data
+        from megatron_dgpo.inputs import load_data
 
         prompt = next(p.token_ids for p in load_data(c).prompts if p.id == row["prompt_id"])
         assert len(prompt) == row["prompt_tokens"]

@@ -66,7 +66,7 @@ def keep_gradients(policy):
 
 
 def work_at(family, name, folder, tied):
-    from megatron_dgpo.data import PackItem, pack
+    from megatron_dgpo.data.packing import PackItem, pack
     from megatron_dgpo.learner import policy_stats, supervised_loss
     from megatron_dgpo.run import build_policy
     from megatron_dgpo.weights.convert import save_hf

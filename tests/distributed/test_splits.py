@@ -169,10 +169,10 @@ def on_policy_updates(folder, algorithm, kwargs, max_tokens):
 
 
 def supervised_update(folder, kwargs, max_tokens):
+    from megatron_dgpo.coldstart import batch_of_step, global_sum
     from megatron_dgpo.data.supervised import SupervisedExample
     from megatron_dgpo.learner import supervised_loss
     from megatron_dgpo.run import build_policy
-    from megatron_dgpo.sft import batch_of_step, global_sum
 
     model = folder / "tied_reference"
     c = config(model, optimizer=LINEAR, **kwargs)

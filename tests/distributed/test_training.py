@@ -76,7 +76,8 @@ def settings(folder: Path, name: str, **more: dict[str, Any]) -> Config:
 
 def train(rank: int, world: int, configs: Sequence[Config], stop_at: int = 0) -> None:
     """Whole runs, one after the other; asked to stop when the reward is called for the stop_at-th time."""
-    from megatron_dgpo.train import load_data, run
+    from megatron_dgpo.inputs import load_data
+    from megatron_dgpo.train import run
 
     register("letters")(Letters)  # here, so that the other tests of a session do not see it
     Letters.stop_at = stop_at
@@ -207,8 +208,8 @@ def test_the_second_step_trains_on_what_the_start_weights_draw(
     ahead: dict[str, Config], folder: Path
 ) -> None:
     from megatron_dgpo.data import PromptCursor
+    from megatron_dgpo.inputs import load_data
     from megatron_dgpo.rollout.engine import SamplingParams
-    from megatron_dgpo.train import load_data
 
     c = ahead["whole"]
     data = load_data(c)
@@ -235,7 +236,7 @@ def test_nothing_is_left_out_or_repeated_by_stopping_a_step_ahead(ahead: dict[st
 
 def test_dynamic_sampling_a_step_ahead_draws_on_with_new_weights(ahead: dict[str, Config]) -> None:
     from megatron_dgpo.data import PromptCursor
-    from megatron_dgpo.train import load_data
+    from megatron_dgpo.inputs import load_data
 
     c = ahead["dynamic"]
     ids = [p.id for p in load_data(c).prompts]

@@ -37,16 +37,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "learner": {*PARTS, *SHARED},
     "critic": {*PARTS, *SHARED, "learner"},
     "audit": {*PARTS, *SHARED, "learner"},
-    "entry": {*PARTS, *SHARED, "checks", "cli"},
+    "inputs": {"data", "mcore", "types", "config", "checks", "cli"},
+    "entry": {*PARTS, *SHARED, "checks", "cli", "inputs"},
     "run": {*PARTS, *SHARED, "checks", "cli", "learner", "critic"},
-    "train": {*PARTS, *SHARED, "checks", "cli", "learner", "audit", "entry", "run"},
-    "sft": {*PARTS, *SHARED, "checks", "cli", "learner", "entry", "run"},
+    "trainer": {*PARTS, *SHARED, "inputs", "learner", "audit", "run"},
+    "coldstart": {*PARTS, *SHARED, "inputs", "learner", "run"},
+    "train": {"config", "observe", "inputs", "entry", "run", "trainer"},
+    "sft": {"config", "data", "observe", "inputs", "entry", "learner", "run", "coldstart"},
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import."""
-PURE = {"types", "config", "checks", "plan", "cli", "weights.names", "mcore.hf_config"}
+PURE = {"types", "config", "checks", "plan", "cli", "weights.names", "mcore.fields", "mcore.hf_config"}
 """Need the standard library and pydantic alone."""
-NAMES_MEGATRON = {"platform", "mcore", "entry"}
+NAMES_MEGATRON = {"platform", "mcore"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")
 
 

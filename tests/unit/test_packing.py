@@ -8,8 +8,15 @@ import random
 import pytest
 import torch
 
-from megatron_dgpo.data import PackItem, balanced_bins, empty_batch, pack, packing, unpack
-from megatron_dgpo.data.packing import balanced_bins_python
+from megatron_dgpo.data import packing
+from megatron_dgpo.data.packing import (
+    PackItem,
+    balanced_bins,
+    balanced_bins_python,
+    empty_batch,
+    pack,
+    unpack,
+)
 
 needs_extension = pytest.mark.skipif(
     packing._packing is None, reason="the extension megatron_dgpo.data._packing is not built"

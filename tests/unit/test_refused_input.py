@@ -83,16 +83,18 @@ def refused(module: str, words: list[str], monkeypatch: pytest.MonkeyPatch, caps
     """The one error line of an entry point's `main`, which must not come to process groups."""
     import importlib
 
-    from megatron_dgpo import platform
+    from torch.distributed.elastic.multiprocessing import errors
+
+    from megatron_dgpo import entry, platform
 
     def no_groups(*_: object, **__: object) -> None:
         raise AssertionError("process groups were built")
 
-    entry = importlib.import_module(f"megatron_dgpo.{module}")
     monkeypatch.setattr(entry, "set_up_logging", lambda *_: None)  # pytest has its own
+    monkeypatch.setattr(errors, "record", lambda main: main)  # which dumps threads where pytest does
     monkeypatch.setattr(platform, "start", no_groups)
     with pytest.raises(SystemExit) as caught:
-        entry.main.__wrapped__(words)
+        importlib.import_module(f"megatron_dgpo.{module}").main(words)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line

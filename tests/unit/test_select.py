@@ -5,15 +5,13 @@ from __future__ import annotations
 import random
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_dgpo.config import RolloutConfig
-from megatron_dgpo.rollout.policies import prompts_per_draw
+from megatron_dgpo.config import Config, RolloutConfig, TrainConfig
 from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.rollout.select import Verdict, deal, verdict
 from megatron_dgpo.run import RunState
@@ -96,9 +94,9 @@ def test_random_groups_of_a_large_step_come_out_even() -> None:
     [(8, 1.0, 8), (10, 1.1, 11), (8, 1.1, 9), (100, 1.15, 115), (3, 2.0, 6), (512, 1.25, 640)],
 )
 def test_prompts_of_a_draw(prompts: int, factor: float, want: int) -> None:
-    rollout = RolloutConfig(oversampling=factor)
-    config = SimpleNamespace(train=SimpleNamespace(prompts_per_step=prompts), rollout=rollout)
-    assert prompts_per_draw(config) == want  # type: ignore[arg-type]
+    train = TrainConfig.model_construct(prompts_per_step=prompts)
+    config = Config.model_construct(train=train, rollout=RolloutConfig(oversampling=factor))
+    assert config.prompts_per_draw == want
 
 
 def test_states_from_before_draws_were_counted_took_one_a_step() -> None:

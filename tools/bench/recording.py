@@ -28,11 +28,12 @@ from megatron_dgpo import platform
 from megatron_dgpo.audit import CreditAudit
 from megatron_dgpo.cli import load, refusals
 from megatron_dgpo.config import Config, ObserveConfig
+from megatron_dgpo.inputs import Data, load_data
 from megatron_dgpo.observe.console import Console
 from megatron_dgpo.observe.credit_log import CreditWriter
 from megatron_dgpo.observe.machine import describe_machine
 from megatron_dgpo.run import RunFolder, RunState
-from megatron_dgpo.train import Data, Trainer, load_data
+from megatron_dgpo.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CADENCE = ObserveConfig().credit_every
