@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.abc
 import logging
 import math
 import multiprocessing
@@ -17,11 +18,14 @@ import queue
 import signal
 import sys
 import traceback
+import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -63,6 +67,63 @@ def device() -> torch.device:
         return _CPU
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
+
+# --- Megatron-Core's imports ------------------------------------------------------------------------
+
+
+def _compile_when_called(fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    """torch.compile for a decorator of a function that may never be called."""
+    if fn is None:
+        return functools.partial(_compile_when_called, **options)
+    if not isinstance(fn, types.FunctionType):
+        return _compile(fn, **options)
+    compiled: list[Callable[..., Any]] = []
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not compiled:
+            compiled.append(_compile(fn, **options))
+        return compiled[0](*args, **kwargs)
+
+    return call
+
+
+_compile = torch.compile
+
+
+class _FrugalImport(SourceFileLoader):
+    """Imports Megatron-Core without what it loads in vain, two thirds of the time that its import takes.
+
+    It decorates fused functions, which a run here does not call, with torch.compile, and that loads torch's
+    compiler; and it loads W&B for an inference engine that is not used.
+    """
+
+    def exec_module(self, module: ModuleType) -> None:
+        wandb = "wandb" in sys.modules
+        torch.compile = _compile_when_called  # type: ignore[assignment]
+        if not wandb:
+            sys.modules["wandb"] = None  # type: ignore[assignment]
+        try:
+            super().exec_module(module)
+        finally:
+            torch.compile = _compile
+            if not wandb:
+                del sys.modules["wandb"]
+
+
+class _MegatronFinder(importlib.abc.MetaPathFinder):
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "megatron.core":
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is not None and type(spec.loader) is SourceFileLoader:
+            spec.loader = _FrugalImport(spec.loader.name, spec.loader.path)
+        return spec
+
+
+sys.meta_path.insert(0, _MegatronFinder())
 
 # --- Megatron-Core on CPU -------------------------------------------------------------------------
 

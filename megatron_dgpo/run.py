@@ -11,11 +11,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.checks import AnyConfig
@@ -41,10 +40,11 @@ from megatron_dgpo.rewards import Reward
 from megatron_dgpo.rollout.collect import Recover, collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
-from megatron_dgpo.rollout.sglang.engine import SGLangEngine
-from megatron_dgpo.rollout.sglang.fleet import Fleet
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
+
+if TYPE_CHECKING:
+    from megatron_dgpo.rollout.sglang.engine import SGLangEngine
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +218,11 @@ def build_engine(config: AnyConfig, groups: platform.Groups) -> EmbeddedEngine |
 
 
 def _sglang_engine(config: Config, groups: platform.Groups) -> SGLangEngine:
+    from transformers import AutoTokenizer
+
+    from megatron_dgpo.rollout.sglang.engine import SGLangEngine  # with aiohttp, for such runs alone
+    from megatron_dgpo.rollout.sglang.fleet import Fleet
+
     c, shape = config.rollout.sglang, ModelShape.from_folder(config.model.path)
     tokenizer = AutoTokenizer.from_pretrained(config.model.path)
     fleet = Fleet(

@@ -25,8 +25,8 @@ import torch.distributed as dist
 
 from megatron_dgpo import platform
 
-PRELOAD = ["megatron_dgpo.learner", "megatron_dgpo.run"]
-"""Imported once by the server that forks the ranks, where there is one."""
+PRELOAD = ["megatron_dgpo.trainer", "torch._dynamo"]
+"""Imported once by the server that forks the ranks, where there is one (the second by torch's optimizers)."""
 
 
 class RankFailed(RuntimeError):

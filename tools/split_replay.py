@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from splits import Split
 from torch import Tensor
 
 from megatron_dgpo import platform
@@ -34,43 +35,6 @@ from megatron_dgpo.weights.shards import shard, to_full
 OLD_NOISE, UPDATE_NOISE = 0.05, 0.05
 """How far the old policy is from the reference, and the updated one from the old: Gaussian noise on every
 tensor, in units of its root mean square. Distances, ratios and clips are then not trivial."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """A way to share the work of one step."""
-
-    tp: int
-    pp: int
-    dp: int
-    sequence_parallel: bool
-    max_tokens: int
-    """Of a micro-batch."""
-    moved: bool = False
-    """Move every weight by a unit in the last place: how far mere rounding carries this step."""
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    def apply(self, config: Config) -> Config:
-        """The config of a run at this split."""
-        parallel = {
-            "tensor_model_parallel_size": self.tp,
-            "pipeline_model_parallel_size": self.pp,
-            "context_parallel_size": 1,
-            "sequence_parallel": self.sequence_parallel,
-        }
-        transformer = dict(config.model.transformer)
-        if self.pp != config.parallel.pipeline_model_parallel_size:  # they are for that number of stages
-            for end in ("first", "last"):
-                transformer.pop(f"num_layers_in_{end}_pipeline_stage", None)
-        return config.model_copy(
-            update={
-                "parallel": config.parallel.model_copy(update=parallel),
-                "model": config.model.model_copy(update={"transformer": transformer}),
-            }
-        )
 
 
 @dataclass

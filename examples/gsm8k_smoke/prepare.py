@@ -13,12 +13,13 @@ import argparse
 import json
 import os
 from pathlib import Path
-
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from typing import TYPE_CHECKING
 
 from megatron_dgpo.data.rows import require
 from megatron_dgpo.data.sources import read_rows, where
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer
 
 DEFAULT_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "gsm8k_test.jsonl"
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -58,6 +59,9 @@ def read_problems(path: Path) -> list[dict[str, str]]:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Qwen2Tokenizer:
     """Qwen2's kind of tokenizer with a small vocabulary of its own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import Qwen2Tokenizer  # takes seconds to import
+
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     specials = [PAD, START, END]

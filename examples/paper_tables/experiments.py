@@ -27,7 +27,10 @@ REPORTING, EQUAL_SAMPLES = "reporting", "equal_samples"
 """What is scored: a run's policy, and DAPO's when it had drawn as many samples as the others."""
 TOP_PS = (0.7, 1.0)
 """The paper's, at which this task is nearly solved, and the one that the policy is trained with."""
-PRELOAD = ["megatron_dgpo.coldstart", "megatron_dgpo.trainer", "matplotlib.pyplot", "scipy.stats"]
+PRELOAD = [
+    *("megatron_dgpo.coldstart", "megatron_dgpo.trainer", "torch._dynamo"),
+    *("matplotlib.pyplot", "scipy.stats"),
+]
 """Imported once by the server that forks the runs: it would take a fifth of each one's time."""
 
 

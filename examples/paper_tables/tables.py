@@ -7,7 +7,6 @@ import os
 import sys
 from pathlib import Path
 
-import report
 from arms import FULL, QUICK
 from experiments import ROOT, Experiments
 
@@ -20,6 +19,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error(f"--jobs {options.jobs}: at least 1")
+    import report  # brings torch, scipy and matplotlib, which take seconds to import
+
     out = options.out or ROOT / "runs" / ("paper_tables-quick" if options.quick else "paper_tables")
     experiments = Experiments(out.resolve(), QUICK if options.quick else FULL, jobs=options.jobs)
     try:

@@ -24,8 +24,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers import Qwen2Tokenizer
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer
 
 NAMES = string.ascii_lowercase
 CONNECTORS = ("so", "now", "then")
@@ -152,6 +154,8 @@ def build_tokenizer() -> Qwen2Tokenizer:
     the folder says, so this is one: without merges each character of the vocabulary is a token. Other
     characters would vanish; the task has none.
     """
+    from transformers import Qwen2Tokenizer  # takes seconds to import
+
     specials = [PAD, EOS, PROMPT, ANSWER]
     byte_level = CHARACTERS.replace(" ", "\u0120")  # the byte-level alphabet's sign for a space
     tokenizer = Qwen2Tokenizer(

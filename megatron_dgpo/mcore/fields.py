@@ -97,7 +97,7 @@ def field_types(module: str, cls: str) -> dict[str, str]:
     """
     if module not in sys.modules:
         try:
-            return dict(_fields(module, cls))
+            return dict(fields_in_source(module, cls))
         except (_NotPlain, OSError, SyntaxError):
             pass  # the class knows
     found = getattr(importlib.import_module(module), cls, None)
@@ -112,12 +112,12 @@ def _source(module: str) -> Path:
     top, *parts = module.split(".")
     spec = importlib.util.find_spec(top)
     for folder in (spec and spec.submodule_search_locations) or ():
-        if Path(folder, parts[0]).is_dir():  # a namespace package may have several folders
+        if parts and Path(folder, parts[0]).is_dir():  # a namespace package may have several folders
             return Path(folder, *parts).with_suffix(".py")
     raise _NotPlain(module)
 
 
-def _fields(module: str, cls: str) -> Iterator[tuple[str, str]]:
+def fields_in_source(module: str, cls: str) -> Iterator[tuple[str, str]]:
     tree = ast.parse(_source(module).read_text(encoding="utf-8"))
     found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
     if len(found) != 1 or not _is_plain(found[0]):
@@ -125,7 +125,7 @@ def _fields(module: str, cls: str) -> Iterator[tuple[str, str]]:
     for base in reversed(found[0].bases):  # a later base's fields come first
         if not isinstance(base, ast.Name):
             raise _NotPlain(f"{module}.{cls}")
-        yield from _fields(_where(base.id, tree, module), base.id)
+        yield from fields_in_source(_where(base.id, tree, module), base.id)
     for node in found[0].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             type_ = ast.unparse(node.annotation)

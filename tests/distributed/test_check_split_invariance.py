@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-import check_split_invariance as tool
+import check_split_invariance as command
 import psutil
 import pytest
+import split_check as tool
 import torch
 from launch import ROOT
 from split_ranks import RankFailed, run_ranks
-from split_replay import Replay, Split
+from split_replay import Replay
+from splits import Split
 from tiny import write_model
 
 from megatron_dgpo.weights.convert import write_safetensors
@@ -102,7 +104,7 @@ def test_every_split_agrees(config, tmp_path):
 
 def test_a_difference_above_the_bound_is_status_1(config, capsys):
     words = ("--config", config, "--max-world-size", 1, "--response-tokens", 16, "--bound", 0)
-    assert tool.main([*map(str, words)]) == 1
+    assert command.main([*map(str, words)]) == 1
     assert "NOT INVARIANT: TP=1 small; bound 0" in capsys.readouterr().out
 
 
@@ -176,7 +178,7 @@ def test_other_tensors_or_responses_are_an_error(tmp_path):
 def test_wrong_settings_are_status_2(config, tmp_path, capsys):
     def refused(*words: object) -> str:
         with pytest.raises(SystemExit) as end:
-            tool.main([*map(str, words)])
+            command.main([*map(str, words)])
         assert end.value.code == 2
         return capsys.readouterr().err
 
@@ -190,7 +192,7 @@ def test_wrong_settings_are_status_2(config, tmp_path, capsys):
 
 
 def test_splits_that_do_not_fit_are_skipped_with_the_reason(config):
-    c = tool.load_config([str(config)])
+    c = command.load_config([str(config)])
     assert tool.why_not(c, Split(2, 2, 1, True, 99), 4) == ""
     assert "does not divide the model's 2 key/value heads" in tool.why_not(c, Split(4, 1, 1, False, 99), 4)
     assert "4 layers do not divide into 3 stages" in tool.why_not(c, Split(1, 3, 1, False, 99), 4)

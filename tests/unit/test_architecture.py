@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "critic": {*PARTS, *SHARED, "learner"},
     "audit": {*PARTS, *SHARED, "learner"},
     "inputs": {"data", "mcore", "types", "config", "checks", "cli"},
-    "entry": {*PARTS, *SHARED, "checks", "cli", "inputs"},
+    "entry": {"algorithms", "mcore", "observe", "rewards", "config", "platform", "checks", "cli", "inputs"},
     "run": {*PARTS, *SHARED, "checks", "cli", "learner", "critic"},
     "trainer": {*PARTS, *SHARED, "inputs", "learner", "audit", "run"},
     "coldstart": {*PARTS, *SHARED, "inputs", "learner", "run"},

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -260,12 +258,3 @@ def test_one_line_for_a_bad_file_and_none_for_a_mistake_of_ours(
     assert capsys.readouterr().err == "error: a.jsonl, row 3: two lines\n"
     with pytest.raises(KeyError), cli.refusals():
         raise KeyError("a programming mistake keeps its traceback")
-
-
-def test_settings_are_read_without_torch() -> None:
-    """A wrong setting can be refused fast."""
-    import subprocess
-
-    code = "import sys, megatron_dgpo.cli; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)

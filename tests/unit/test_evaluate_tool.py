@@ -11,6 +11,7 @@ from typing import Any
 
 import convert_checkpoint
 import evaluate
+import evaluation_run
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import write_model, write_tokenizer
@@ -109,7 +110,7 @@ def test_it_goes_on_from_its_samples(place: Path, whole: Path, tmp_path: Path, c
 def test_nothing_is_drawn_where_all_is_there(
     place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(evaluation_run, "draw", None)
     before = whole.read_bytes()
     assert run(place, whole) == 0
     assert whole.read_bytes() == before
@@ -118,7 +119,7 @@ def test_nothing_is_drawn_where_all_is_there(
 def test_regrade(
     place: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
-    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(evaluation_run, "draw", None)
     out = tmp_path / "out.jsonl"
     out.write_bytes(whole.read_bytes())
     assert run(place, out, "--regrade", reward="letter") == 0
@@ -163,7 +164,7 @@ def test_samples_of_other_weights_are_not_taken_for_the_models(
     shutil.copytree(place / "model", tmp_path / "model")
     shutil.copy(place / "data.jsonl", tmp_path)
     out = tmp_path / "out.jsonl"
-    monkeypatch.setattr(evaluate, "draw", None)
+    monkeypatch.setattr(evaluation_run, "draw", None)
     header, *rows = whole.read_text().splitlines(keepends=True)
     moved = header.replace(str(place), str(tmp_path))
     out.write_text(moved + "".join(rows))
@@ -277,13 +278,13 @@ class Dying:
 def test_lost_servers_are_told_and_what_is_there_is_kept(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capsys
 ) -> None:
-    out, real = tmp_path / "out.jsonl", evaluate._embedded
-    monkeypatch.setattr(evaluate, "_embedded", lambda *_: Dying())
+    out, real = tmp_path / "out.jsonl", evaluation_run._embedded
+    monkeypatch.setattr(evaluation_run, "_embedded", lambda *_: Dying())
     assert run(place, out) == 3
     said = f"1 of 5 problems are done and in {out}, from which the same command goes on\n"
     assert capsys.readouterr().err.endswith(f"error: no SGLang server is left: http://x (gone); {said}")
     assert [row["reward"] for row in samples(out)] == [even(str(i), "1") for i in range(K)]
-    monkeypatch.setattr(evaluate, "_embedded", real)
+    monkeypatch.setattr(evaluation_run, "_embedded", real)
     assert run(place, out) == 0
     assert "1 of 5 problems are in" in capsys.readouterr().out and len(samples(out)) == 5 * K
 

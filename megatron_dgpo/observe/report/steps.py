@@ -5,14 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-from nltk.tokenize.punkt import PunktSentenceTokenizer
+if TYPE_CHECKING:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer
 
 _SEPARATOR = re.compile(r"[;\n](?:[^\S\n]*[;\n])*")
 
 
 @cache
 def _punkt() -> PunktSentenceTokenizer:
+    from nltk.tokenize.punkt import PunktSentenceTokenizer  # brings scipy with it, two seconds of work
+
     return PunktSentenceTokenizer()  # its own defaults: nothing to download
 
 

@@ -1,0 +1,335 @@
+"""What evaluate.py does once its options are right: read, draw, score and report."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import sys
+import tempfile
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from megatron_dgpo import platform
+from megatron_dgpo.config import LaunchConfig, ParallelConfig, SGLangConfig, SyncConfig
+from megatron_dgpo.data import load_prompts
+from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.evaluation.intervals import bootstrap_interval
+from megatron_dgpo.evaluation.metrics import by_problem, summarize
+from megatron_dgpo.evaluation.records import WEIGHTS, SampleFile
+from megatron_dgpo.evaluation.scoring import Scoring
+from megatron_dgpo.learner import score_sequences
+from megatron_dgpo.mcore.files import is_checkpoint
+from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.mcore.model import build_model
+from megatron_dgpo.mcore.policy import Frozen
+from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.rewards import Reward, build_reward
+from megatron_dgpo.rollout.embedded import EmbeddedEngine
+from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.sglang.engine import SGLangEngine, WeightUpdateFailed
+from megatron_dgpo.rollout.sglang.fleet import Fleet, FleetLost
+from megatron_dgpo.types import Group, Prompt
+from megatron_dgpo.weights import convert
+from megatron_dgpo.weights.checkpoints import open_checkpoint
+from megatron_dgpo.weights.fingerprint import fingerprint
+from megatron_dgpo.weights.sync import WeightSync
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Problems:
+    """What is evaluated."""
+
+    prompts: list[Prompt]
+    """Each problem once."""
+    files: dict[str, list[str]]
+    """A file's stem -> ids of the prompts that are its problems. One of two files is drawn once, for both."""
+
+
+def load_problems(options: argparse.Namespace, folder: Path) -> Problems:
+    """Raises ValueError for a problem that is too long, or no problem at all."""
+    prompts = load_prompts(
+        options.data,
+        AutoTokenizer.from_pretrained(folder),
+        prompt_key=options.prompt_key,
+        answer_key=options.answer_key,
+        apply_chat_template=not options.no_chat_template,
+        system_prompt=options.system_prompt,
+    )
+    distinct = deduplicate(prompts)
+    if len(distinct) < len(prompts):
+        print(f"{len(prompts)} rows, {len(distinct)} distinct problems")
+    distinct = distinct[: options.max_problems or None]
+    if not distinct:
+        raise ValueError(f"{options.data[0]}: there are no problems")
+    limit = ModelShape.from_folder(folder).max_positions
+    for prompt in distinct:
+        if (length := len(prompt.token_ids) + options.max_new_tokens) > limit:
+            raise ValueError(
+                f"{prompt.id}: {len(prompt.token_ids)} tokens and --max-new-tokens make {length}, and the "
+                f"model has {limit} positions"
+            )
+    ids = {prompt.token_ids: prompt.id for prompt in distinct}
+    files: dict[str, dict[str, None]] = {}
+    for prompt in prompts:
+        if prompt.token_ids in ids:
+            files.setdefault(prompt.id.rpartition(":")[0], {})[ids[prompt.token_ids]] = None
+    return Problems(distinct, {stem: list(of) for stem, of in files.items()})
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What the samples and their rewards depend on. Raises what `fingerprint` raises."""
+    names = ("prompt_key", "answer_key", "system_prompt", "no_chat_template", "temperature", "top_p")
+    names += ("max_new_tokens", "seed", "dtype", "k")
+    found = {name: getattr(options, name) for name in names}
+    module, _, function = options.reward.partition(":")
+    source = importlib.util.find_spec(module) if function else None
+    if source is not None and source.origin is not None and Path(source.origin).is_file():
+        found["reward_source"] = hashlib.blake2b(Path(source.origin).read_bytes(), digest_size=8).hexdigest()
+    found |= {"reward": options.reward, WEIGHTS: fingerprint(options.model)}
+    return {"model": str(options.model), "data": options.data, **found}
+
+
+def draw(
+    options: argparse.Namespace,
+    folder: Path,
+    prompts: list[Prompt],
+    tokenizer: Any,
+    scoring: Scoring,
+) -> None:
+    """Draw the groups of `prompts`; `scoring` gets each as it is complete. Raises what the engine raises."""
+    params = SamplingParams(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=1.0 if options.temperature == 0 else options.top_p,
+        n=options.k,
+        seed=options.seed,
+        stop_token_ids=(tokenizer.eos_token_id,),
+    )
+    failure: Exception | None = None
+    with (
+        platform.distributed(ParallelConfig(), seed=options.seed) as groups,
+        tempfile.TemporaryDirectory() as logs,
+        tqdm(total=len(prompts) * options.k, unit="sample", desc="evaluate") as bar,
+    ):
+        build = _sglang if options.engine == "sglang" else _embedded
+        try:
+            with closing(build(options, folder, groups, tokenizer, Path(logs))) as engine:
+                engine.generate(
+                    prompts,
+                    params,
+                    on_progress=bar.update,
+                    on_group=scoring.on_group,
+                    should_stop=scoring.failed,
+                )
+        except (
+            Exception
+        ) as error:  # which would end the process here, before what is drawn is scored and kept
+            failure = error
+    if failure is not None:
+        raise failure
+
+
+def _embedded(
+    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
+) -> EmbeddedEngine:
+    dtype = _DTYPES[options.dtype]
+    engine = EmbeddedEngine(folder, dtype=dtype, device=groups.device, max_batch_size=options.batch_size)
+    if is_checkpoint(options.model):
+        stream = open_checkpoint(options.model).stream()
+    else:
+        names, read = convert.folder_source(folder)
+        stream = ((name, read(name)) for name in names)
+    engine.update_weights(((name, tensor.to(dtype)) for name, tensor in stream), 0)
+    return engine
+
+
+def _sglang(
+    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
+) -> SGLangEngine:
+    """Servers with the weights: broadcast from here and proved by the probe, or their own."""
+    shape, own = ModelShape.from_folder(folder), options.servers_load
+    launch = LaunchConfig(
+        python=options.sglang_python,
+        tensor_parallel_size=options.server_tensor_parallel_size,
+        devices=tuple(range(options.server_tensor_parallel_size)),  # the first too: nothing trains here
+        args={"load_format": "auto"} if own else {},
+    )
+    config = SGLangConfig(
+        urls=tuple(options.url), launch=launch, request_timeout_seconds=options.request_timeout_seconds
+    )
+    sync = SyncConfig()
+    fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
+    engine = SGLangEngine(
+        fleet,
+        groups,
+        config,
+        sync,
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        vocab_size=shape.vocab_size,
+        max_positions=shape.max_positions,
+    )
+    try:
+        if own:
+            engine.adopt(0)
+        else:
+            _broadcast(options, shape, groups, engine, sync)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _broadcast(
+    options: argparse.Namespace,
+    shape: ModelShape,
+    groups: platform.Groups,
+    engine: SGLangEngine,
+    sync: SyncConfig,
+) -> None:
+    model = build_model(shape, ParallelConfig(), groups, params_dtype=_DTYPES[options.dtype])
+    convert.load_folder(model, groups, options.model)
+    score = partial(score_sequences, Frozen(model, groups), max_tokens=8192)
+    WeightSync(model, groups, engine, sync, score).push(0)
+
+
+class ServersLost(RuntimeError):
+    """Drawing ended early; what was complete is kept."""
+
+
+def evaluate(
+    options: argparse.Namespace,
+    folder: Path,
+    prompts: list[Prompt],
+    reward: Reward,
+    settings: dict[str, Any],
+) -> list[Group]:
+    """The groups of all problems, in order, scored; those that --out has are not drawn again.
+
+    Raises ServersLost, saying what is kept; what `SampleFile` and the reward raise.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        file = SampleFile(options.out or Path(scratch) / "samples.jsonl", settings)
+        kept = file.groups(prompts, options.k)
+        missing = [p for p in prompts if p.id not in kept]
+
+        def keep(group: Group) -> None:
+            file.append(group)
+            kept[group.prompt.id] = group
+
+        if missing:
+            if len(missing) < len(prompts):
+                print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {file.path} already")
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            try:
+                with Scoring(reward.score, keep) as scoring:
+                    draw(options, folder, missing, tokenizer, scoring)
+            except (EnginesLost, FleetLost, WeightUpdateFailed) as error:
+                done = f"{len(kept)} of {len(prompts)} problems are done"
+                then = f"in {options.out}, from which the same command goes on" if options.out else "not kept"
+                raise ServersLost(f"{error}; {done} and {then}") from error
+        return [kept[p.id] for p in prompts]
+
+
+def regrade(
+    options: argparse.Namespace, prompts: list[Prompt], reward: Reward, settings: dict[str, Any]
+) -> list[Group]:
+    """The groups in --out, scored again; the file has the new scores, or is as it was."""
+    file = SampleFile(options.out, settings, regrade=True)
+    kept = file.groups(prompts, options.k)
+    if missing := [p for p in prompts if p.id not in kept]:
+        raise ValueError(f"{file.path} lacks samples of {len(missing)} problems, such as {missing[0].id}")
+    if others := file.strangers(prompts):
+        raise ValueError(
+            f"{file.path} has samples of {len(others)} problems that are not asked for, such as {others[0]}: "
+            "--regrade takes all (without --max-problems, and with the data that they were drawn for)"
+        )
+    if file.weights != settings[WEIGHTS]:
+        print(
+            f"{options.model} has changed since (fingerprint {settings[WEIGHTS]}): these are numbers of the "
+            f"weights that drew the samples ({file.weights})"
+        )
+    groups = [kept[p.id] for p in prompts]
+    for group in tqdm(groups, unit="problem", desc="regrade"):
+        reward.score(group.samples)
+    file.rewrite(groups)
+    return groups
+
+
+def report(options: argparse.Namespace, name: str, groups: list[Group]) -> dict[str, Any]:
+    """Print the metrics of some problems, with their intervals, and return them."""
+    fewer = [1 << j for j in range((options.k - 1).bit_length())]
+    metrics: dict[str, Any] = summarize(groups, options.k, fewer=fewer)
+    print(f"{name}: {len(groups)} problems, {options.k} samples each")
+    for metric, of in by_problem(groups, options.k, fewer=fewer).items():
+        if of:
+            low, high = bootstrap_interval(of, resamples=options.resamples, seed=options.seed)
+            metrics[f"{metric}_low"], metrics[f"{metric}_high"] = low, high
+            print(
+                f"{metric:<10} {metrics[metric]:.4f}   95% of problems drawn again: {low:.4f} to {high:.4f}"
+            )
+    print(f"truncated  {metrics['truncation_rate']:.4f}   mean tokens {metrics['mean_response_tokens']:.1f}")
+    if metrics["num_failed"]:
+        print(f"failed     {metrics['num_failed']:.0f} samples have no reward (see reward_error in --out)")
+    return metrics
+
+
+def report_all(options: argparse.Namespace, problems: Problems, groups: list[Group]) -> dict[str, Any]:
+    """The metrics of all problems, and under "files" those of each file."""
+    by_id = {group.prompt.id: group for group in groups}
+    metrics = report(options, str(options.model), groups)
+    if len(problems.files) == 1:
+        return {**metrics, "files": {stem: metrics for stem in problems.files}}
+    files = {stem: report(options, stem, [by_id[i] for i in ids]) for stem, ids in problems.files.items()}
+    return {**metrics, "files": files}
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    """The Hugging Face folder with the model's config.json and tokenizer. Raises ValueError, OSError."""
+    if not is_checkpoint(options.model):
+        return options.model
+    if options.servers_load:
+        raise ValueError(
+            f"--servers-load: SGLang reads Hugging Face folders, and {options.model} is a checkpoint"
+        )
+    return open_checkpoint(options.model).beside
+
+
+def run(options: argparse.Namespace) -> int:
+    """The exit status of evaluate.py, whose options these are."""
+    set_up_logging(False, 0)
+    try:
+        folder = folder_of(options)
+        problems = load_problems(options, folder)
+        workers = options.reward_workers
+        reward = build_reward(
+            options.reward, timeout_seconds=options.reward_timeout_seconds, num_workers=workers
+        )
+        settings = settings_of(options)
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with reward:
+        try:
+            if options.regrade:
+                groups = regrade(options, problems.prompts, reward, settings)
+            else:
+                groups = evaluate(options, folder, problems.prompts, reward, settings)
+        except (ValueError, ServersLost) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 3 if isinstance(error, ServersLost) else 2
+    metrics = report_all(options, problems, groups)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(metrics, indent=1))
+    return 0
