@@ -1,5 +1,6 @@
 # make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
-# make test         the tests
+# make test         the tests, on the CPU
+# make test-gpu     those of tests/gpu, on a GPU
 # make install      what all of these need (make -j2 install: both environments at once)
 # make sglang       SGLang in an environment of its own, without a GPU
 # make lint         ruff and mypy
@@ -8,10 +9,12 @@
 # PYTHON    interpreter that makes .venv (3.11 or newer)
 # PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
 # ENGINE    of the quick start: embedded (default), or sglang for real servers
+# DEVICE    of the quick start: cpu (default), or cuda, which takes the GPUs that are there
 
 PYTHON ?= python3
 PIP_ARGS ?=
 ENGINE ?= embedded
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -22,13 +25,16 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsco
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 
-.PHONY: quickstart test lint bench install sglang
+.PHONY: quickstart test test-gpu lint bench install sglang
 
 quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
-	$(RUN) QUICKSTART_ENGINE=$(ENGINE) bash examples/quickstart/run.sh
+	$(RUN) QUICKSTART_ENGINE=$(ENGINE) QUICKSTART_DEVICE=$(DEVICE) bash examples/quickstart/run.sh
 
 test: $(STAMP) $(SGLANG_STAMP)
 	$(RUN) pytest tests $(PYTEST_ARGS)
+
+test-gpu: $(STAMP)
+	$(RUN) DGPO_TEST_GPU=1 pytest tests/gpu
 
 lint: $(STAMP)
 	$(RUN) ruff check .

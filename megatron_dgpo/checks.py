@@ -190,7 +190,12 @@ def _server_devices(config: Config, ranks: int) -> Iterator[str]:
     if config.rollout.engine != "sglang" or c.urls or c.router:
         return
     taken = [device for device in c.launch.devices if device < ranks]
-    if c.colocate and c.launch.devices:
+    if c.launch.devices and config.parallel.device == "cpu":
+        yield (
+            "rollout.sglang.launch.devices: names GPUs, and with parallel.device = 'cpu' the servers compute "
+            "on the CPU too; set one of the two"
+        )
+    elif c.colocate and c.launch.devices:
         yield (
             "rollout.sglang.launch.devices: rollout.sglang.colocate puts the servers on the trainer's GPUs, "
             "from 0 up; set one of the two"
@@ -201,6 +206,17 @@ def _server_devices(config: Config, ranks: int) -> Iterator[str]:
             f"machine (LOCAL_WORLD_SIZE) have the GPUs below {ranks}; use others, fewer ranks, or "
             "rollout.sglang.colocate"
         )
+
+
+def gpus_of_servers(config: Config, ranks: int) -> int:
+    """How many GPUs, counted from 0, rank 0's machine needs for the servers that the run starts beside its
+    `ranks` ranks; 0 where it starts none."""
+    c = config.rollout.sglang
+    if config.rollout.engine != "sglang" or c.urls or c.router:
+        return 0
+    if c.launch.devices:
+        return max(c.launch.devices) + 1
+    return (0 if c.colocate else ranks) + c.launch.count * c.launch.tensor_parallel_size
 
 
 def _algorithm(a: AlgorithmConfig, steps: int) -> Iterator[str]:

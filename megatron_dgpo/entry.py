@@ -18,7 +18,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from megatron_dgpo.checks import AnyConfig, check_passthrough, missing_number, read_json
+from megatron_dgpo.checks import (
+    AnyConfig,
+    check_passthrough,
+    gpus_of_servers,
+    local_world_size,
+    missing_number,
+    read_json,
+)
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, refusals, validate
 from megatron_dgpo.config import Config
 from megatron_dgpo.mcore.fields import PASSED_THROUGH
@@ -119,7 +126,11 @@ def _model_family(config: AnyConfig) -> Iterator[str]:
 
 
 def _layer_spec(config: AnyConfig) -> Iterator[str]:
-    if config.model.layer_spec == "transformer_engine" and not _have_transformer_engine():
+    if config.model.layer_spec != "transformer_engine":
+        return
+    if config.parallel.device == "cpu":
+        yield "model.layer_spec: 'transformer_engine' needs a GPU, and parallel.device is 'cpu'; use 'torch'"
+    elif not _have_transformer_engine():
         yield (
             "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
             "'auto' and 'torch' do without"
@@ -216,15 +227,35 @@ def start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None]
 
 
 def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None]) -> None:
+    from megatron_dgpo import platform
+
     set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
     with refusals():
+        platform.use_device(config.parallel.device)
+        if problems := list(_devices(config)):
+            raise ConfigError(problems)
         data = load(config)
         lock = claim(config.run.folder)
 
-    from megatron_dgpo import platform
-
     with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
         run(config, groups, data)
+
+
+def _devices(config: AnyConfig) -> Iterator[str]:
+    """Whether this machine has a GPU for each of its ranks and servers. Only a run needs them, and not a dry
+    run, which may be made on a laptop."""
+    from megatron_dgpo import platform
+
+    ranks = local_world_size(int(os.environ.get("WORLD_SIZE", 1)))
+    if problem := platform.why_no_device(config.parallel.device, ranks):
+        yield f"parallel.device: {problem}"
+    elif isinstance(config, Config) and platform.has_gpu() and os.environ.get("GROUP_RANK", "0") == "0":
+        there, needed = platform.number_of_gpus(), gpus_of_servers(config, ranks)
+        if needed > there:
+            yield (
+                f"rollout.sglang.launch: with the servers this machine needs {needed} GPUs, and has {there}; "
+                "use fewer servers or ranks, or rollout.sglang.colocate"
+            )
 
 
 def claim(folder: Path) -> IO[str] | None:

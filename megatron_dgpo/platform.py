@@ -1,7 +1,7 @@
 """Device, backend, process groups, and the only place where anything is patched.
 
-On a machine with a GPU nothing is patched. Without one, Megatron-Core runs on CPU tensors and gloo:
-it asks for "the current CUDA device" in many places, and the shim below answers "the CPU". The
+On GPUs nothing is patched. Without one, or with `parallel.device = "cpu"`, Megatron-Core runs on CPU tensors
+and gloo: it asks for "the current CUDA device" in many places, and the shim below answers "the CPU". The
 arithmetic is untouched.
 """
 
@@ -48,8 +48,40 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 _shim: _CudaMeansCpu | None = None
 
 
+def use_device(kind: str) -> None:
+    """Settle what this process, and those that it starts, compute on: `kind` is parallel.device.
+
+    "cpu" hides the GPUs from torch by CUDA_VISIBLE_DEVICES, so that nothing can overlook the setting.
+    Raises RuntimeError where this process has used a GPU already: hiding them comes too late then.
+    """
+    if kind != "cpu":
+        return
+    if torch.cuda.is_initialized():
+        raise RuntimeError("parallel.device: 'cpu' comes too late, since this process has used a GPU already")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def why_no_device(kind: str, ranks: int) -> str | None:
+    """Why `ranks` processes of this machine cannot have a device of this kind each; None where they can."""
+    if kind == "cuda" and not has_gpu():
+        return f"'cuda' needs a GPU, and torch {torch.__version__} finds none on this machine"
+    if kind == "cpu" or not has_gpu() or ranks <= (there := number_of_gpus()):
+        return None
+    gpus = "1 GPU" if there == 1 else f"{there} GPUs"
+    return (
+        f"{kind!r} gives each rank a GPU of its own, and this machine has {ranks} ranks (LOCAL_WORLD_SIZE) "
+        f"and {gpus}; start at most {there} here, or use 'cpu'"
+    )
+
+
 def has_gpu() -> bool:
+    """Whether this process computes on a GPU, once `use_device` has settled it."""
     return torch.cuda.is_available()
+
+
+def number_of_gpus() -> int:
+    """Those that this process may use (CUDA_VISIBLE_DEVICES)."""
+    return torch.cuda.device_count()
 
 
 def to_host(tensor: torch.Tensor) -> torch.Tensor:
@@ -65,7 +97,7 @@ def device() -> torch.device:
     """The device of this rank: its local GPU, or the CPU."""
     if not has_gpu():
         return _CPU
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # --- Megatron-Core's imports ------------------------------------------------------------------------
@@ -168,7 +200,7 @@ def _l2_norm(
 
 
 def run_megatron_on_cpu() -> None:
-    """Make Megatron-Core run on CPU tensors. Does nothing on a GPU machine or when called twice."""
+    """Make Megatron-Core run on CPU tensors. Does nothing where there is a GPU, or when called twice."""
     global _shim
     if has_gpu() or _shim is not None:
         return
@@ -188,7 +220,7 @@ def run_megatron_on_cpu() -> None:
     megatron_random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     megatron_random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     _shim = _CudaMeansCpu()
-    log.info("no GPU: Megatron-Core runs on CPU tensors and gloo, with torch's optimizer and norms")
+    log.info("on the CPU: Megatron-Core runs on CPU tensors and gloo, with torch's optimizer and norms")
 
 
 def _write_checkpoints_without_a_manager() -> None:
@@ -313,11 +345,14 @@ def _groups(device_: torch.device) -> Groups:
 def start(parallel: Any, seed: int) -> Groups:
     """Initialise torch.distributed and Megatron's parallel state.
 
-    `parallel` has `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
+    `parallel` has `device`, `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
     `context_parallel_size` and `timeout_seconds`; rank and world size come from torchrun's
-    environment (one process without it).
+    environment (one process without it). Raises RuntimeError where a rank cannot have its device.
     """
     end_with_launcher()
+    use_device(parallel.device)
+    if problem := why_no_device(parallel.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        raise RuntimeError(f"parallel.device: {problem}")
     run_megatron_on_cpu()
     _write_checkpoints_without_a_manager()
     _end_checkpoint_writers_with_their_rank()

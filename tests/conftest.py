@@ -1,5 +1,8 @@
-"""Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is
-imported, here and in the processes that tests start."""
+"""Tests compute on the CPU, on a machine with GPUs too, unless DGPO_TEST_GPU=1 is set (`make test-gpu`).
+
+The Triton kernels then run in Triton's interpreter, which has to be chosen before Triton is imported, here
+and in the processes that tests start.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ import hypothesis
 import pytest
 import torch
 
+if os.environ.get("DGPO_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 if not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
     if "triton" in sys.modules:
         raise RuntimeError("triton was imported before tests/conftest.py could set TRITON_INTERPRET=1")

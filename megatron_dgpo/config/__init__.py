@@ -48,6 +48,9 @@ class ModelConfig(Section):
 
 
 class ParallelConfig(Section):
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the ranks compute on: a GPU each, or the CPU over gloo; "auto" takes GPUs where there are any.
+    With "cpu" the servers that a run starts compute on the CPU too."""
     tensor_model_parallel_size: PositiveInt = 1
     """Ranks that share each layer and the vocabulary."""
     pipeline_model_parallel_size: PositiveInt = 1

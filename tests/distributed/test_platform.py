@@ -13,6 +13,7 @@ from megatron_dgpo import platform
 
 ALONE = SimpleNamespace(
     parallel=SimpleNamespace(
+        device="auto",
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,

@@ -11,7 +11,7 @@ import torch
 from megatron_dgpo.mcore.layers import PackedLayout, PackedSDPA
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device", allow_module_level=True)
+    pytest.skip("needs a CUDA device (make test-gpu)", allow_module_level=True)
 
 LENGTHS = (129, 1, 64, 700)
 HEADS, GROUPS, SIZE = 8, 2, 64

@@ -15,7 +15,7 @@ import torch
 from megatron_dgpo.ops import linear_token_stats, token_stats
 
 if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA device", allow_module_level=True)
+    pytest.skip("needs a CUDA device (make test-gpu)", allow_module_level=True)
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -1,0 +1,142 @@
+"""parallel.device on machines with GPUs. Each case is a process in which torch says that it sees some (those
+that CUDA_VISIBLE_DEVICES leaves), as a build with CUDA would."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from place import TORCHRUN
+from tiny import write_model, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+FAKED = """
+import os, runpy, sys
+import torch
+gpus = int(sys.argv.pop(1))
+def count():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return gpus if visible is None else len([name for name in visible.split(",") if name])
+torch.cuda.device_count = count
+torch.cuda.is_available = lambda: count() > 0
+sys.argv.pop(0)
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+LIMIT_SECONDS = 600
+
+
+def run(gpus: int, words: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
+    """`python -m words...` on a machine with so many GPUs."""
+    env = {name: value for name, value in os.environ.items() if name not in TORCHRUN}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-W", "ignore", "-c", FAKED, str(gpus), *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=LIMIT_SECONDS)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
+    """Of a run of one step."""
+    folder = tmp_path_factory.mktemp("device")
+    write_tokenizer(write_model(folder / "model", tied=True, num_hidden_layers=1))
+    rows = [{"prompt": f"{a}+{a}=", "answer": str(2 * a)} for a in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        *("megatron_dgpo.train", "--model.path", folder / "model"),
+        *("--data.train", json.dumps([str(folder / "rows.jsonl")]), "--data.apply_chat_template", "false"),
+        *("--reward.name", "hash_answer", "--rollout.max_new_tokens", "4", "--optimizer.lr", "1e-3"),
+        *("--train.steps", "1", "--train.prompts_per_step", "2", "--train.prompts_per_minibatch", "2"),
+        *(
+            "--train.samples_per_prompt",
+            "2",
+            "--data.max_prompt_tokens",
+            "16",
+            "--checkpoint.export_hf",
+            "false",
+        ),
+    ]
+
+
+RANKS = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+"""What torchrun tells the first of two ranks."""
+SERVER = ["--rollout.engine", "sglang", "--rollout.sglang.launch.python", sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "more", "environment", "problem"),
+    [
+        (
+            1,
+            [],
+            RANKS,
+            "parallel.device: 'auto' gives each rank a GPU of its own, and this machine has 2 ranks "
+            "(LOCAL_WORLD_SIZE) and 1 GPU; start at most 1 here, or use 'cpu'",
+        ),
+        (
+            4,
+            ["--parallel.device", "cuda"],
+            {**RANKS, "CUDA_VISIBLE_DEVICES": "3"},
+            "parallel.device: 'cuda' gives each rank a GPU of its own, and this machine has 2 ranks "
+            "(LOCAL_WORLD_SIZE) and 1 GPU; start at most 1 here, or use 'cpu'",
+        ),
+        (0, ["--parallel.device", "cuda"], {}, "parallel.device: 'cuda' needs a GPU, and torch "),
+        (
+            2,
+            SERVER,
+            RANKS,
+            "rollout.sglang.launch: with the servers this machine needs 3 GPUs, and has 2; use fewer servers "
+            "or ranks, or rollout.sglang.colocate",
+        ),
+    ],
+    ids=["more ranks than GPUs", "GPUs that are hidden", "no GPU", "no GPU for the server"],
+)
+def test_ranks_without_a_gpu_of_their_own_are_refused(settings, gpus, more, environment, problem, tmp_path):
+    """Before process groups exist: nobody answers at MASTER_ADDR, which is not even set."""
+    done = run(gpus, [*settings, "--run.folder", tmp_path / "run", *more], **environment)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"error: {problem}"), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_on_the_cpu_leaves_gpus_alone(settings, tmp_path):
+    """Whoever touched one would fail: this torch has no CUDA."""
+    words = [*settings, "--run.folder", tmp_path / "run", "--parallel.device", "cpu"]
+    done = run(2, words)
+    assert done.returncode == 0, done.stderr
+    assert "on the CPU: Megatron-Core runs on CPU tensors and gloo" in done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in steps if row.get("grad_norm", 0) > 0] == [1]
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "engine", "nproc"),
+    [
+        ("", 1, "embedded", 2),
+        ("cuda", 1, "embedded", 1),
+        ("cuda", 8, "embedded", 2),
+        ("cuda", 2, "sglang", 1),
+    ],
+)
+def test_the_quick_start_asks_for_what_the_machine_has(device, gpus, engine, nproc, tmp_path):
+    """On the CPU unless it is told otherwise. Stand-ins for python and torchrun note what they are asked."""
+    stand_in = tmp_path / "bin" / "torchrun"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "bin" / "python").write_text(f"#!/bin/sh\necho {gpus}\n")
+    for path in stand_in.parent.iterdir():
+        path.chmod(0o755)
+    env = {**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", "QUICKSTART_OUT": str(tmp_path)}
+    env |= {"QUICKSTART_ENGINE": engine, **({"QUICKSTART_DEVICE": device} if device else {})}
+    script = ["bash", str(ROOT / "examples/quickstart/run.sh")]
+    subprocess.run(script, env=env, check=True, capture_output=True, timeout=LIMIT_SECONDS)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert len(asked) == 2
+    for words in asked:
+        assert f"--nproc-per-node {nproc} " in words
+        assert f"--parallel.device {device or 'cpu'} " in words
+        assert f"--parallel.tensor_model_parallel_size {nproc} " in words
