@@ -231,9 +231,9 @@ def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None
 
     set_up_logging(config.run.quiet, int(os.environ.get("RANK", "0")))
     with refusals():
-        platform.use_device(config.parallel.device)
-        if problems := list(_devices(config)):
-            raise ConfigError(problems)
+        ranks = local_world_size(int(os.environ.get("WORLD_SIZE", 1)))
+        platform.use_device(config.parallel.device, ranks)
+        _require_gpus_for_servers(config, ranks)
         data = load(config)
         lock = claim(config.run.folder)
 
@@ -241,21 +241,20 @@ def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None
         run(config, groups, data)
 
 
-def _devices(config: AnyConfig) -> Iterator[str]:
-    """Whether this machine has a GPU for each of its ranks and servers. Only a run needs them, and not a dry
-    run, which may be made on a laptop."""
+def _require_gpus_for_servers(config: AnyConfig, ranks: int) -> None:
+    """Raises ConfigError where rank 0's machine lacks GPUs for the servers that the run starts there."""
     from megatron_dgpo import platform
 
-    ranks = local_world_size(int(os.environ.get("WORLD_SIZE", 1)))
-    if problem := platform.why_no_device(config.parallel.device, ranks):
-        yield f"parallel.device: {problem}"
-    elif isinstance(config, Config) and platform.has_gpu() and os.environ.get("GROUP_RANK", "0") == "0":
-        there, needed = platform.number_of_gpus(), gpus_of_servers(config, ranks)
-        if needed > there:
-            yield (
+    if not isinstance(config, Config) or not platform.has_gpu() or os.environ.get("GROUP_RANK", "0") != "0":
+        return
+    needed, there = gpus_of_servers(config, ranks), platform.number_of_gpus()
+    if needed > there:
+        raise ConfigError(
+            [
                 f"rollout.sglang.launch: with the servers this machine needs {needed} GPUs, and has {there}; "
                 "use fewer servers or ranks, or rollout.sglang.colocate"
-            )
+            ]
+        )
 
 
 def claim(folder: Path) -> IO[str] | None:

@@ -48,30 +48,31 @@ warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distri
 _shim: _CudaMeansCpu | None = None
 
 
-def use_device(kind: str) -> None:
-    """Settle what this process, and those that it starts, compute on: `kind` is parallel.device.
+def use_device(kind: str, ranks: int, key: str = "parallel.device") -> None:
+    """Settle what this process, and those that it starts, compute on: `kind` is "auto", "cpu" or "cuda", for
+    `ranks` processes on this machine.
 
     "cpu" hides the GPUs from torch by CUDA_VISIBLE_DEVICES, so that nothing can overlook the setting.
-    Raises RuntimeError where this process has used a GPU already: hiding them comes too late then.
+
+    Raises:
+        ValueError: naming `key`, where not every rank can have a device of that kind for itself.
+        RuntimeError: GPUs are to be hidden, and this process has used one already.
     """
-    if kind != "cpu":
-        return
-    if torch.cuda.is_initialized():
-        raise RuntimeError("parallel.device: 'cpu' comes too late, since this process has used a GPU already")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
-
-def why_no_device(kind: str, ranks: int) -> str | None:
-    """Why `ranks` processes of this machine cannot have a device of this kind each; None where they can."""
-    if kind == "cuda" and not has_gpu():
-        return f"'cuda' needs a GPU, and torch {torch.__version__} finds none on this machine"
-    if kind == "cpu" or not has_gpu() or ranks <= (there := number_of_gpus()):
-        return None
-    gpus = "1 GPU" if there == 1 else f"{there} GPUs"
-    return (
-        f"{kind!r} gives each rank a GPU of its own, and this machine has {ranks} ranks (LOCAL_WORLD_SIZE) "
-        f"and {gpus}; start at most {there} here, or use 'cpu'"
-    )
+    if kind == "cpu":
+        if torch.cuda.is_initialized():
+            raise RuntimeError(f"{key}: 'cpu' comes too late, since this process has used a GPU already")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif not has_gpu():
+        if kind == "cuda":
+            raise ValueError(
+                f"{key}: 'cuda' needs a GPU, and torch {torch.__version__} finds none on this machine"
+            )
+    elif ranks > (there := number_of_gpus()):
+        gpus = "1 GPU" if there == 1 else f"{there} GPUs"
+        raise ValueError(
+            f"{key}: {kind!r} gives each rank a GPU of its own, and this machine has {ranks} ranks and "
+            f"{gpus}; start at most {there} here, or use 'cpu'"
+        )
 
 
 def has_gpu() -> bool:
@@ -347,12 +348,10 @@ def start(parallel: Any, seed: int) -> Groups:
 
     `parallel` has `device`, `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
     `context_parallel_size` and `timeout_seconds`; rank and world size come from torchrun's
-    environment (one process without it). Raises RuntimeError where a rank cannot have its device.
+    environment (one process without it). Raises what `use_device` raises.
     """
     end_with_launcher()
-    use_device(parallel.device)
-    if problem := why_no_device(parallel.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        raise RuntimeError(f"parallel.device: {problem}")
+    use_device(parallel.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     run_megatron_on_cpu()
     _write_checkpoints_without_a_manager()
     _end_checkpoint_writers_with_their_rank()

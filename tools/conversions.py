@@ -120,7 +120,10 @@ def split(options: argparse.Namespace) -> ParallelConfig:
     world = int(os.environ.get("WORLD_SIZE", tp * pp))
     if world != tp * pp:
         raise ValueError(f"torchrun has started {world} processes, and the split takes {tp * pp}")
-    return ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    platform.use_device(options.device, int(os.environ.get("LOCAL_WORLD_SIZE", world)), "--device")
+    return ParallelConfig(
+        device=options.device, tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp
+    )
 
 
 def check_split(shape: ModelShape, parallel: ParallelConfig) -> None:

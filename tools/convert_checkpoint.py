@@ -71,6 +71,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in (default float32)"
     )
+    add.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to compute on")
     return parser.parse_args(argv)
 
 

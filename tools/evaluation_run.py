@@ -118,7 +118,7 @@ def draw(
     )
     failure: Exception | None = None
     with (
-        platform.distributed(ParallelConfig(), seed=options.seed) as groups,
+        platform.distributed(ParallelConfig(device=options.device), seed=options.seed) as groups,
         tempfile.TemporaryDirectory() as logs,
         tqdm(total=len(prompts) * options.k, unit="sample", desc="evaluate") as bar,
     ):
@@ -309,6 +309,7 @@ def run(options: argparse.Namespace) -> int:
     """The exit status of evaluate.py, whose options these are."""
     set_up_logging(False, 0)
     try:
+        platform.use_device(options.device, 1, "--device")
         folder = folder_of(options)
         problems = load_problems(options, folder)
         workers = options.reward_workers

@@ -300,6 +300,8 @@ def as_json(config: Config, rows: Sequence[Row], bound: float) -> dict[str, Any]
 
 def run(config: Config, options: argparse.Namespace) -> int:
     """The exit status of check_split_invariance.py, whose options these are."""
+    with refusals():
+        platform.use_device(config.parallel.device, ranks=1)  # each split says what it needs
     if not platform.has_gpu():
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # several ranks share a machine's cores
     with refusals():

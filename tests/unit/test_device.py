@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from place import TORCHRUN
 from tiny import write_model, write_tokenizer
+
+from megatron_dgpo import platform
 
 ROOT = Path(__file__).resolve().parents[2]
 FAKED = """
@@ -66,41 +69,49 @@ RANKS = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
 SERVER = ["--rollout.engine", "sglang", "--rollout.sglang.launch.python", sys.executable]
 
 
-@pytest.mark.parametrize(
-    ("gpus", "more", "environment", "problem"),
-    [
-        (
-            1,
-            [],
-            RANKS,
-            "parallel.device: 'auto' gives each rank a GPU of its own, and this machine has 2 ranks "
-            "(LOCAL_WORLD_SIZE) and 1 GPU; start at most 1 here, or use 'cpu'",
-        ),
-        (
-            4,
-            ["--parallel.device", "cuda"],
-            {**RANKS, "CUDA_VISIBLE_DEVICES": "3"},
-            "parallel.device: 'cuda' gives each rank a GPU of its own, and this machine has 2 ranks "
-            "(LOCAL_WORLD_SIZE) and 1 GPU; start at most 1 here, or use 'cpu'",
-        ),
-        (0, ["--parallel.device", "cuda"], {}, "parallel.device: 'cuda' needs a GPU, and torch "),
-        (
-            2,
-            SERVER,
-            RANKS,
-            "rollout.sglang.launch: with the servers this machine needs 3 GPUs, and has 2; use fewer servers "
-            "or ranks, or rollout.sglang.colocate",
-        ),
-    ],
-    ids=["more ranks than GPUs", "GPUs that are hidden", "no GPU", "no GPU for the server"],
-)
-def test_ranks_without_a_gpu_of_their_own_are_refused(settings, gpus, more, environment, problem, tmp_path):
-    """Before process groups exist: nobody answers at MASTER_ADDR, which is not even set."""
-    done = run(gpus, [*settings, "--run.folder", tmp_path / "run", *more], **environment)
+def refusal(gpus: int, words: list[object], **environment: str) -> str:
+    """The one line with which the command ends, before process groups exist: MASTER_ADDR is not even set."""
+    done = run(gpus, words, **environment)
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith(f"error: {problem}"), done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr.removeprefix("error: ").rstrip()
+
+
+def test_more_ranks_than_gpus_are_refused(settings, tmp_path):
+    assert refusal(1, [*settings, "--run.folder", tmp_path / "run"], **RANKS) == (
+        "parallel.device: 'auto' gives each rank a GPU of its own, and this machine has 2 ranks and 1 GPU; "
+        "start at most 1 here, or use 'cpu'"
+    )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_without_a_gpu_is_refused(settings, tmp_path):
+    assert refusal(2, [*settings, "--run.folder", tmp_path / "run", *SERVER], **RANKS) == (
+        "rollout.sglang.launch: with the servers this machine needs 3 GPUs, and has 2; use fewer servers or "
+        "ranks, or rollout.sglang.colocate"
+    )
+
+
+def test_tools_refuse_more_ranks_than_gpus(tmp_path):
+    words = ["convert_checkpoint", "verify", tmp_path, tmp_path, "--tensor-model-parallel-size", "2"]
+    assert refusal(1, words, PYTHONPATH=f"{ROOT}:{ROOT / 'tools'}") == (
+        "--device: 'auto' gives each rank a GPU of its own, and this machine has 2 ranks and 1 GPU; start at "
+        "most 1 here, or use 'cpu'"
+    )
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"^parallel\.device: 'cuda' needs a GPU, and torch .* finds none"):
+        platform.use_device("cuda", 1)
+    platform.use_device("auto", 8)  # on the CPU, where ranks share cores
+
+
+def test_gpus_count_as_far_as_they_are_visible(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    platform.use_device("cuda", 2)
+    with pytest.raises(ValueError, match="this machine has 3 ranks and 2 GPUs; start at most 2 here"):
+        platform.use_device("cuda", 3)
 
 
 def test_a_run_on_the_cpu_leaves_gpus_alone(settings, tmp_path):
@@ -110,7 +121,7 @@ def test_a_run_on_the_cpu_leaves_gpus_alone(settings, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "on the CPU: Megatron-Core runs on CPU tensors and gloo" in done.stderr
     steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in steps if row.get("grad_norm", 0) > 0] == [1]
+    assert [row["step"] for row in steps if "grad_norm" in row] == [1]
 
 
 @pytest.mark.parametrize(
