@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.config import RESERVED_POSITIONS, Config, LaunchConfig, SFTConfig
 from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig, PPOConfig
 from megatron_dgpo.config.sources import parse_source
@@ -405,9 +405,9 @@ def read_json(path: Path) -> dict[str, Any] | str:
     if not path.is_file():
         return f"{path} is not there"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = jsontext.loads(path.read_bytes())
     except ValueError as error:
-        return f"{path} is not valid JSON ({error})"
+        return f"{path} is {error}"
     return value if isinstance(value, dict) else f"{path} does not hold a JSON object"
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import random
@@ -45,7 +44,7 @@ from checkpoint_log_probs import Ids, megatron_log_probs, transformers_log_probs
 from split_ranks import RankFailed, run_ranks
 from tqdm import tqdm
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.cli import ConfigError, refusals
 from megatron_dgpo.config import ParallelConfig
 from megatron_dgpo.mcore.hf_config import ModelShape
@@ -206,7 +205,7 @@ def read_prompts(path: Path | None, folder: Path, shape: ModelShape) -> tuple[li
         ids = [[draw.randrange(shape.vocab_size) for _ in range(length)] for _ in count]
         return [f"random ids {i + 1}" for i in count], ids
     names, sequences = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         ids = token_ids(line, folder)
@@ -224,7 +223,7 @@ def read_prompts(path: Path | None, folder: Path, shape: ModelShape) -> tuple[li
 
 def token_ids(line: str, folder: Path) -> list[int]:
     try:
-        value = json.loads(line)
+        value = jsontext.loads(line)
     except ValueError:
         value = None
     if isinstance(value, list):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dgpo.config.sources import parse_sources
-from megatron_dgpo.data.rows import Renderer, encode, require, to_messages
+from megatron_dgpo.data.rows import Renderer, encode, require, require_text, to_messages
 from megatron_dgpo.data.sources import read_rows, where
 
 if TYPE_CHECKING:
@@ -58,12 +58,7 @@ def load_supervised(
             at = where(path, number)
             messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
             prompts.append(render(messages, at))
-            response = require(row, response_key, at)
-            if not isinstance(response, str):
-                raise ValueError(f"{at}: {response_key!r} is a {type(response).__name__}, expected a string")
-            if not response.strip():
-                raise ValueError(f"{at}: {response_key!r} is empty")
-            responses.append(response)
+            responses.append(require_text(require(row, response_key, at), response_key, at))
     prompt_ids = encode(tokenizer, prompts, add_special_tokens=not apply_chat_template)
     response_ids = encode(tokenizer, responses, add_special_tokens=False)
     eos = (tokenizer.eos_token_id,)

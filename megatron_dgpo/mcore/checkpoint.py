@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.mcore.files import (
     METADATA,
     check_files,
@@ -88,7 +88,7 @@ class CheckpointStore:
         for path in sorted(self.folder.glob("step_*")):
             if _COMPLETE.fullmatch(path.name) and (path / _STATE_FILE).is_file():
                 try:
-                    state = json.loads((path / _STATE_FILE).read_text())
+                    state = jsontext.loads((path / _STATE_FILE).read_bytes())
                 except ValueError as error:
                     raise ValueError(f"{path / _STATE_FILE} is damaged ({error}); {_REMEDY}") from error
                 found.append(Checkpoint(int(state["step"]), path, state))

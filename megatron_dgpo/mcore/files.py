@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.mcore.hf_config import ModelShape
 
 METADATA = {
@@ -110,7 +110,7 @@ def check_files(folder: Path, groups: platform.Groups | None = None) -> None:
     written: dict[str, str] = {FILES_FILE: "is there"}
     if listed.is_file():
         try:
-            written = dict(json.loads(listed.read_text()))
+            written = dict(jsontext.loads(listed.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{listed} is damaged ({error})") from error
     found = digests(folder, groups)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.mcore.files import FILES_FILE, is_checkpoint
 from megatron_dgpo.weights.checkpoints import hf_folder_of
 from megatron_dgpo.weights.folders import tensor_files
@@ -39,7 +39,9 @@ def fingerprint(model: Path) -> str:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length)
             found.update(text)
-            tensors = [t["data_offsets"] for name, t in json.loads(text).items() if name != "__metadata__"]
+            tensors = [
+                t["data_offsets"] for name, t in jsontext.loads(text).items() if name != "__metadata__"
+            ]
             for start, end in sorted(tensors):
                 for at, size in _pieces(start, end, whole):
                     file.seek(8 + length + at)

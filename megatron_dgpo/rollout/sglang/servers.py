@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -16,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
 
@@ -370,7 +369,7 @@ def check_server(url: str, model_path: Path) -> int:
     """
     served = _get(url, "/model_info", "/get_model_info")
     info = _get(url, "/server_info", "/get_server_info")
-    wanted = json.loads((model_path / "config.json").read_text())
+    wanted = jsontext.loads((model_path / "config.json").read_bytes())
     for key in ("model_type", "architectures"):
         if served.get(key) is not None and served[key] != wanted.get(key):
             raise ServerFailed(
@@ -409,7 +408,7 @@ def _get(url: str, *paths: str) -> dict[str, Any]:
     for path in paths:
         try:
             with _OPENER.open(url + path, timeout=30) as response:
-                value = json.load(response)
+                value = jsontext.loads(response.read())
                 return value if isinstance(value, dict) else {}
         except urllib.error.HTTPError as error:
             if error.code != 404:
