@@ -84,10 +84,10 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
                 f"{dp} data-parallel replicas"
             )
         updates *= t.epochs_per_rollout * max(1, t.prompts_per_step // t.prompts_per_minibatch)
-    if config.optimizer.warmup_steps >= updates:
+    if config.optimizer.warmup_steps > updates:
         yield (
-            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} leaves nothing of "
-            f"{updates} optimizer steps; use fewer"
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than the run's {updates} "
+            "optimizer steps, so none would have the full optimizer.lr; use fewer"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"

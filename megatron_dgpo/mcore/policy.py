@@ -288,10 +288,23 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
+class Schedule(OptimizerParamScheduler):
+    """Megatron's, with a warm-up whose every update moves the weights.
+
+    Megatron's schedule counts the updates before this one, so its warm-up of n updates goes from 0 to
+    lr (n - 1) / n. Here update k of the warm-up has lr k / n. Later updates have Megatron's learning rates.
+    """
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        if self.num_steps < self.lr_warmup_steps:
+            return param_group.get("max_lr", self.max_lr) * (self.num_steps + 1) / self.lr_warmup_steps
+        return super().get_lr(param_group)
+
+
+def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> Schedule:
+    return Schedule(
         optimizer,
-        init_lr=0.0 if c.warmup_steps else c.lr,
+        init_lr=c.lr,
         max_lr=c.lr,
         min_lr=c.min_lr,
         lr_warmup_steps=c.warmup_steps,
