@@ -34,7 +34,7 @@ import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,12 +42,13 @@ from typing import Any
 import torch
 from checkpoint_log_probs import Ids, megatron_log_probs, transformers_log_probs
 from split_ranks import RankFailed, run_ranks
-from tqdm import tqdm
 
 from megatron_dgpo import jsontext, platform
 from megatron_dgpo.cli import ConfigError, refusals
 from megatron_dgpo.config import ParallelConfig
 from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.progress import BYTES, progress
 from megatron_dgpo.weights.checkpoints import HFFolder, MegatronFolder, import_hf, open_checkpoint
 from megatron_dgpo.weights.convert import export_hf
 from megatron_dgpo.weights.folders import check_target
@@ -105,13 +106,6 @@ def refused() -> Iterator[None]:
             raise ConfigError([" ".join(str(error.args[0]).split())]) from error
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """A bar over bytes, on a terminal."""
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
-        yield bar.update
-
-
 def describe(model: HFFolder | MegatronFolder) -> str:
     numbers = model.num_bytes // model.dtype.itemsize
     dtype = str(model.dtype).removeprefix("torch.")
@@ -122,8 +116,8 @@ def import_(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
         model = HFFolder(options.source)
-        with progress("import", model.num_bytes) as on_bytes:
-            import_hf(model, options.target, overwrite=options.overwrite, on_bytes=on_bytes)
+        with progress("import", model.num_bytes, BYTES) as bar:
+            import_hf(model, options.target, overwrite=options.overwrite, on_bytes=bar.update)
     print(f"imported {describe(model)}: {options.target}")
     return 0
 
@@ -132,13 +126,13 @@ def export(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
         model = open_checkpoint(options.source, options.model)
-        with progress("export", model.num_bytes) as on_bytes:
+        with progress("export", model.num_bytes, BYTES) as bar:
             export_hf(
                 model,
                 options.target,
                 shard_bytes=options.shard_size,
                 overwrite=options.overwrite,
-                on_bytes=on_bytes,
+                on_bytes=bar.update,
             )
     print(f"exported {describe(model)}: {options.target}")
     return 0
@@ -166,11 +160,13 @@ def verify(options: argparse.Namespace) -> int:
             return 0
     else:
         try:
-            found = on_own_ranks(parallel, arguments)
+            with progress("log-probs of the checkpoint", bar=False):
+                found = on_own_ranks(parallel, arguments)
         except (RankFailed, TimeoutError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    wanted = transformers_log_probs(options.source, dtype, sequences)
+    with progress("log-probs by transformers", bar=False):
+        wanted = transformers_log_probs(options.source, dtype, sequences)
     return report(names, found, wanted, options.bound)
 
 
@@ -274,6 +270,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     if "RANK" in os.environ and options.command != "verify" and os.environ["RANK"] != "0":
         return 0  # one process converts
+    set_up_logging(False, int(os.environ.get("RANK", "0")))
     return {"import": import_, "export": export, "verify": verify}[options.command](options)
 
 

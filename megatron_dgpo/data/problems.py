@@ -11,6 +11,7 @@ from typing import Any
 from megatron_dgpo.config.sources import Source, parse_sources
 from megatron_dgpo.data.rows import Messages, number_text, require, require_text, to_messages
 from megatron_dgpo.data.sources import read_rows, where
+from megatron_dgpo.progress import watched
 
 DAPO_ANSWER_KEY = "reward_model.ground_truth"
 GSM8K_PROMPT_KEY = "question"
@@ -56,7 +57,7 @@ def read_problems(
         *([answer_key] if answer_key else []),
     ]
     for source in parse_sources(sources):
-        for number, row in read_rows(source, keys, malformed):
+        for number, row in watched(read_rows(source, keys, malformed), f"reading {source}", unit="rows"):
             try:
                 yield _problem(row, source, number, prompt_key, answer_key, system_prompt)
             except ValueError as error:

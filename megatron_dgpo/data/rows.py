@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from megatron_dgpo.jsontext import lone_surrogate
+from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -145,7 +146,8 @@ def encode(
     """Token ids of each text; equal texts are encoded once."""
     unique = list(dict.fromkeys(texts))
     ids: dict[str, tuple[int, ...]] = {}
-    for start in range(0, len(unique), TOKENIZE_CHUNK):
+    starts = range(0, len(unique), TOKENIZE_CHUNK)
+    for start in watched(starts, "tokenizing", len(starts), f"times {TOKENIZE_CHUNK:,} texts"):
         chunk = unique[start : start + TOKENIZE_CHUNK]
         encoded = tokenizer(
             chunk,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from megatron_dgpo.config.sources import parse_sources
 from megatron_dgpo.data.rows import Renderer, encode, require, require_text, to_messages
 from megatron_dgpo.data.sources import read_rows, where
+from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,8 @@ def load_supervised(
     render = Renderer(tokenizer, apply_chat_template)
     prompts, responses = [], []
     for path in parse_sources(paths):
-        for number, row in read_rows(path, [prompt_key, response_key]):
+        rows = read_rows(path, [prompt_key, response_key])
+        for number, row in watched(rows, f"reading {path}", unit="rows"):
             at = where(path, number)
             messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
             prompts.append(render(messages, at))

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import, beside `LEAVES`."""
-LEAVES = {"jsontext"}
+LEAVES = {"jsontext", "progress"}
 """Import nothing of the package, and may be imported by all."""
 PURE = {"types", "config", "jsontext", "checks", "plan", "cli"}
 PURE |= {"weights.names", "mcore.fields", "mcore.hf_config"}
