@@ -1,4 +1,4 @@
-"""How far long work has come: a bar on a terminal, and where there is none a line now and then.
+"""How far long work has come: a bar on a terminal, and where none can be a line now and then.
 
 In a log file (Slurm, nohup) the first line comes after half a minute, each of the next after twice the last
 wait, up to five minutes. A thread writes them, so that work shows that finishes nothing for half an hour.
@@ -58,13 +58,12 @@ def progress(
         total: how many there are to do, if that is known; `initial` of them are done already.
         unit: what they are, in the plural.
         shown: None: where this process `speaks`.
-        bar: whether to show a bar on a terminal.
+        bar: whether to show a bar on a terminal; lines else, as of work in which there is nothing to count.
     """
     shown = speaks() if shown is None else shown
-    on_terminal = sys.stderr is not None and sys.stderr.isatty()
-    if not shown or sys.stderr is None or (on_terminal and not bar):
+    if not shown or sys.stderr is None:
         yield _Nobody()
-    elif on_terminal:
+    elif bar and (unit or total is not None) and sys.stderr.isatty():
         with _terminal_bar(name, total, unit, initial) as moving:
             yield moving
     else:
@@ -124,7 +123,7 @@ class _Lines:
         self._what = name, total, unit, initial
         self._done, self._started = initial, time.monotonic()
         self._said = False
-        self._ended = threading.Event()
+        self._ended, self._speaking = threading.Event(), threading.Lock()
         threading.Thread(target=self._run, name=f"progress of {name}", daemon=True).start()
 
     def update(self, n: int = 1) -> None:
@@ -132,23 +131,32 @@ class _Lines:
 
     def end(self, *, done: bool) -> None:
         """Of work that has said something, `done` says that it is over."""
-        if done and self._said and not self._ended.is_set():
-            self._say(over=True)
-        self._ended.set()
+        with self._speaking:  # nothing comes after the last word
+            if done and self._said and not self._ended.is_set():
+                self._say(over=True)
+            self._ended.set()
 
     def _run(self) -> None:
         for seconds in waits(_first_seconds(os.environ.get("DGPO_PROGRESS_SECONDS", ""))):
             if self._ended.wait(min(seconds, threading.TIMEOUT_MAX)):
                 return
-            self._said = True
-            self._say(over=False)
+            with self._speaking:
+                if self._ended.is_set():
+                    return
+                self._said = True
+                self._say(over=False)
 
     def _say(self, *, over: bool) -> None:
         name, total, unit, initial = self._what
         seconds = time.monotonic() - self._started
         text = describe(name, self._done, total, unit, seconds, initial=initial, over=over)
         try:
-            sys.stderr.write(text + "\n")
+            if sys.stderr.isatty():  # where there may be the bar of other work
+                from tqdm import tqdm
+
+                tqdm.write(text, file=sys.stderr)
+            else:
+                sys.stderr.write(text + "\n")
             sys.stderr.flush()
         except (OSError, ValueError, AttributeError):  # nobody reads it any more
             pass
