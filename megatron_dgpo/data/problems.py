@@ -44,7 +44,8 @@ def read_problems(
 
     A row without `prompt_key` whose answer is GSM8K's (a solution that ends in ``#### N``) has its prompt
     under `question`. Where a row has no `answer_key` (or that is None) but a `reward_model`, the answer is
-    `reward_model.ground_truth` (the layout of DAPO-Math-17k).
+    `reward_model.ground_truth` (the layout of DAPO-Math-17k). An answer that is a number becomes the text of
+    it, without an exponent, and 7.0 is ``7``.
 
     Raises FileNotFoundError for a missing file, and ValueError, naming source and row, for a malformed row;
     where `malformed` is given, complaints of single rows go there instead.

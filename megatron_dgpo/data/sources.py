@@ -15,7 +15,8 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (row number, row); the first row is 1.
 
-    In a .jsonl file the row number is the line number, and blank lines are passed over. From a
+    In a .jsonl file the row number is the line number, and blank lines and byte order marks are passed
+    over; NaN and lone surrogates are values of a row, of which only those that are used matter. From a
     .parquet file or the hub only the columns in which one of the (dotted) `keys` can lie are read.
 
     Raises FileNotFoundError for a missing file and ValueError for malformed or empty data, or a hub
