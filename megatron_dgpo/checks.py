@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.config import RESERVED_POSITIONS, Config, LaunchConfig, SFTConfig
 from megatron_dgpo.config.algorithms import AlgorithmConfig, CreditConfig, PPOConfig
 from megatron_dgpo.config.sources import parse_source
@@ -84,10 +84,10 @@ def _batches(config: AnyConfig, dp: int) -> Iterator[str]:
                 f"{dp} data-parallel replicas"
             )
         updates *= t.epochs_per_rollout * max(1, t.prompts_per_step // t.prompts_per_minibatch)
-    if config.optimizer.warmup_steps >= updates:
+    if config.optimizer.warmup_steps > updates:
         yield (
-            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} leaves nothing of "
-            f"{updates} optimizer steps; use fewer"
+            f"optimizer.warmup_steps: {config.optimizer.warmup_steps} is more than the run's {updates} "
+            "optimizer steps, so none would have the full optimizer.lr; use fewer"
         )
     if config.optimizer.min_lr > config.optimizer.lr:
         yield f"optimizer.min_lr: {config.optimizer.min_lr} is above optimizer.lr {config.optimizer.lr}"
@@ -421,9 +421,9 @@ def read_json(path: Path) -> dict[str, Any] | str:
     if not path.is_file():
         return f"{path} is not there"
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = jsontext.loads(path.read_bytes())
     except ValueError as error:
-        return f"{path} is not valid JSON ({error})"
+        return f"{path} is {error}"
     return value if isinstance(value, dict) else f"{path} does not hold a JSON object"
 
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from megatron_dgpo.checks import Absent, check_all, local_world_size, read_json, replica_size
 from megatron_dgpo.config import Config, SFTConfig
 from megatron_dgpo.config.algorithms import PRESETS
+from megatron_dgpo.jsontext import lone_surrogate
 from megatron_dgpo.plan import plan
 
 C = TypeVar("C", Config, SFTConfig)
@@ -172,6 +173,9 @@ def compose(argv: Sequence[str], schema: type[BaseModel]) -> tuple[dict[str, Any
         else:
             _merge(raw, _read_toml(word, problems))
     for key, value in overrides:
+        if value is not None and lone_surrogate(value) is not None:
+            problems.append(f"{key}: {value!r} is not UTF-8")
+            continue
         parsed = True if value is None else _parse_value(value)
         if key in literal and not isinstance(parsed, str):
             if value is None:
@@ -183,12 +187,25 @@ def compose(argv: Sequence[str], schema: type[BaseModel]) -> tuple[dict[str, Any
 
 def _read_toml(path: str, problems: list[str]) -> dict[str, Any]:
     try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        return parse_toml(Path(path).read_bytes())
     except OSError as error:
         problems.append(f"{path}: cannot be read ({error.strerror})")
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        problems.append(f"{path}: not valid TOML ({error})")
+    except ValueError as error:
+        problems.append(f"{path}: {error}")
     return {}
+
+
+def parse_toml(content: bytes) -> dict[str, Any]:
+    """Of a file's bytes, with or without a byte order mark. Raises ValueError where they are no TOML."""
+    try:
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"not valid TOML ({error})") from None
+    except RecursionError:
+        raise ValueError("TOML that cannot be read (brackets are nested too deep)") from None
+    except ValueError:  # the one other that tomllib raises
+        most = sys.get_int_max_str_digits()
+        raise ValueError(f"TOML that cannot be read (an integer of more than {most:,} digits)") from None
 
 
 def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
@@ -202,8 +219,8 @@ def _merge(into: dict[str, Any], more: dict[str, Any]) -> None:
 def _parse_value(text: str) -> Any:
     """A TOML value, or the text itself where it is not one (paths and names need no quotes)."""
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"x = {text}".encode())["x"]
+    except ValueError:
         return text
 
 

@@ -16,7 +16,7 @@ from megatron_dgpo.algorithms.batch import feature, masked_mean, only
 from megatron_dgpo.algorithms.gae import clipped_value_loss, generalized_advantages
 from megatron_dgpo.algorithms.segments import sum_over
 from megatron_dgpo.learner import MiniBatch, saved_for_replay
-from megatron_dgpo.mcore.policy import Policy
+from megatron_dgpo.mcore.policy import OnBatch, Policy, ignore
 from megatron_dgpo.mcore.value import token_values
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.types import PackedBatch
@@ -35,7 +35,7 @@ class Critic:
         self.warmup_steps: int = config.critic_warmup_steps
         self._c = config
 
-    def prepare(self, minibatches: Sequence[MiniBatch]) -> Sums:
+    def prepare(self, minibatches: Sequence[MiniBatch], on_batch: OnBatch = ignore) -> Sums:
         """Give every micro-batch its tokens' values, returns and advantages, fixed for its updates.
 
         Advantages have mean 0 and deviation 1 over all tokens of the rollout batch. Returns how much of the
@@ -45,7 +45,7 @@ class Critic:
         the responses' rewards.
         """
         batches = [b for m in minibatches for b in m.batches]
-        values = self.policy.forward(batches, self._values)
+        values = self.policy.forward(batches, self._values, on_batch)
         for batch, values_T in zip(batches, values, strict=False):  # none before the last stage
             advantages_T, returns_T = generalized_advantages(
                 values_T,
@@ -83,7 +83,7 @@ class Critic:
             sums.add("explained_variance", explained / replicas, 1 / replicas)
         sums.add("value", means[2] / replicas - means[4] / replicas, 1 / replicas)
 
-    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path) -> Sums:
+    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path, on_batch: OnBatch = ignore) -> Sums:
         """One optimizer step of the value model.
 
         Raises:
@@ -91,7 +91,7 @@ class Critic:
         """
         groups = self.policy.groups
         with saved_for_replay(minibatch, save_bad_batch_to / f"bad_critic_batch_rank{groups.rank}.pt"):
-            result = self.policy.update(minibatch.batches, self._loss)
+            result = self.policy.update(minibatch.batches, self._loss, on_batch)
         sums, replicas = Sums(), groups.dp.size()
         sums.add("value_loss", 0.0, 1 / replicas)
         for loss, metrics in result.metrics:

@@ -26,7 +26,7 @@ from megatron_dgpo.checks import (
     missing_number,
     read_json,
 )
-from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, refusals, validate
+from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, parse_toml, refusals, validate
 from megatron_dgpo.config import Config
 from megatron_dgpo.mcore.fields import PASSED_THROUGH
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
@@ -97,9 +97,12 @@ def _resumed_run(config: AnyConfig) -> Iterator[str]:
     schema: Any = type(config)
     try:
         # Settings that the file does not have yet are at their defaults: as the run was.
-        written = validate(tomllib.loads(old.read_text(encoding="utf-8")), schema)
+        written = validate(parse_toml(old.read_bytes()), schema)
     except ConfigError as error:
         yield f"run.folder: {old} is not of this release ({'; '.join(error.problems)})"
+        return
+    except ValueError as error:
+        yield f"run.folder: {old} is {error}"
         return
     before = tomllib.loads(dump_toml(written))
     if before["run"]["seed"] != config.run.seed:

@@ -20,7 +20,14 @@ from megatron_dgpo.algorithms import Algorithm
 from megatron_dgpo.algorithms.batch import only
 from megatron_dgpo.algorithms.quantiles import PERCENTS, quantiles
 from megatron_dgpo.data.packing import PackItem, pack
-from megatron_dgpo.mcore.policy import Frozen, NonFiniteUpdate, Policy, pad_for_sequence_parallel
+from megatron_dgpo.mcore.policy import (
+    Frozen,
+    NonFiniteUpdate,
+    OnBatch,
+    Policy,
+    ignore,
+    pad_for_sequence_parallel,
+)
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.ops import linear_token_stats
 from megatron_dgpo.types import PackedBatch, Sample, TokenStats
@@ -66,6 +73,11 @@ class Learner:
 
     # --- one rollout batch --------------------------------------------------------------------------
 
+    @property
+    def passes(self) -> int:
+        """Of `prepare` over the micro-batches."""
+        return 2 if self.algorithm.needs_reference else 1
+
     def pack(self, samples_by_minibatch: Sequence[Sequence[Sample]]) -> list[MiniBatch]:
         """Pack each mini-batch's samples and fix every token's coefficient from global counts.
 
@@ -98,7 +110,7 @@ class Learner:
                 batch.features["engine_log_probs"] = _engine_log_probs(batch, minibatch.samples)
         return [m for m in minibatches if m.num_sequences]
 
-    def prepare(self, minibatches: Sequence[MiniBatch]) -> Sums:
+    def prepare(self, minibatches: Sequence[MiniBatch], on_batch: OnBatch = ignore) -> Sums:
         """Old log-probs, reference statistics and credit, once per rollout batch.
 
         Returns the gap between the engine's log-probs and the trainer's, and the quantiles of entropy and
@@ -108,11 +120,13 @@ class Learner:
         if self.algorithm.needs_reference:
             with self.policy.reference_weights():
                 # The cache keeps the bits of the model's precision: at the reference the distance is 0.
-                hidden = self.policy.forward(batches, lambda hidden_TH, _, __: platform.to_host(hidden_TH))
+                hidden = self.policy.forward(
+                    batches, lambda hidden_TH, _, __: platform.to_host(hidden_TH), on_batch
+                )
             for batch, hidden_TH in zip(batches, hidden, strict=False):  # none before the last stage
                 batch.features["reference_hidden"] = hidden_TH
         sums = Sums()
-        self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums))
+        self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums), on_batch)
         self.algorithm.settle(batches, self.policy.groups.dp)
         for minibatch in minibatches:
             sums.add("packing_imbalance", minibatch.imbalance)
@@ -130,7 +144,7 @@ class Learner:
         sums.add("log_prob_gap", gap_T.sum(), batch.loss_mask_T.sum())
         sums.add_max("log_prob_gap_max", gap_T.max())
 
-    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path) -> Sums:
+    def update(self, minibatch: MiniBatch, *, save_bad_batch_to: Path, on_batch: OnBatch = ignore) -> Sums:
         """One optimizer step.
 
         Raises:
@@ -138,7 +152,7 @@ class Learner:
         """
         sums = Sums()
         with saved_for_replay(minibatch, save_bad_batch_to / f"bad_batch_rank{self.policy.groups.rank}.pt"):
-            result = self.policy.update(minibatch.batches, self._loss)
+            result = self.policy.update(minibatch.batches, self._loss, on_batch)
         # Every replica adds its part of the one loss, and each counts for its share of it.
         replicas = self.policy.groups.dp.size()
         sums.add("loss", 0.0, 1 / replicas)

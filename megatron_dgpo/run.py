@@ -40,6 +40,7 @@ from megatron_dgpo.rewards import Reward
 from megatron_dgpo.rollout.collect import Recover, collect
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import Engine, SamplingParams
+from megatron_dgpo.rollout.policies import samples_of
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
 
@@ -282,7 +283,7 @@ class Evaluator:
     def _run(self, params: SamplingParams, console: Console, name: str) -> dict[str, float]:
         world = self._groups.world
         share = len(self._prompts[world.rank() :: world.size()]) * params.n
-        with console.phase(name, share) as bar:
+        with console.phase(name, share, samples_of(self._groups)) as bar:
             groups = collect(
                 self._engine,
                 self._reward.score,

@@ -38,8 +38,7 @@ def run(config: SFTConfig, groups: Groups, data: SupervisedData) -> None:
     state = restore_or_start(policy, folder, console, resume=config.run.resume)
     loss_fn, reported = supervised_loss(policy), time.perf_counter()
 
-    with console.phase("cold start", c.steps) as bar:
-        bar.update(state.step)
+    with console.phase("cold start", c.steps, "steps", initial=state.step) as bar:
         while state.step < c.steps:
             batches = batch_of_step([examples[i] for i in cursor.indices(state.step)], config, groups)
             result = policy.update(batches, loss_fn)

@@ -143,9 +143,11 @@ class Trainer:
         if not minibatches:
             log.warning("no sample of this step has a reward: no update (see the samples' reward_error)")
             return [], Sums()
-        sums = self.learner.prepare(minibatches)
-        if self.critic is not None:
-            sums.merge(self.critic.prepare(minibatches))
+        passes = self.learner.passes + (self.critic is not None)
+        with self.console.phase("prepare", passes * num_batches(minibatches), "micro-batches") as bar:
+            sums = self.learner.prepare(minibatches, bar.update)
+            if self.critic is not None:
+                sums.merge(self.critic.prepare(minibatches, bar.update))
         self.audit.choose(minibatches, step + 1)
         return minibatches, sums
 
@@ -153,14 +155,13 @@ class Trainer:
         sums = Sums()
         epochs = self.config.train.epochs_per_rollout
         warming_up = self.critic is not None and step < self.critic.warmup_steps
-        with self.console.phase("update", epochs * len(minibatches)) as bar:
+        updated = [u for u in (self.critic, None if warming_up else self.learner) if u is not None]
+        passes = epochs * len(updated)
+        with self.console.phase("update", passes * num_batches(minibatches), "micro-batches") as bar:
             for _ in range(epochs):
                 for minibatch in minibatches:
-                    if self.critic is not None:
-                        sums.merge(self.critic.update(minibatch, save_bad_batch_to=folder.path))
-                    if not warming_up:
-                        sums.merge(self.learner.update(minibatch, save_bad_batch_to=folder.path))
-                    bar.update()
+                    for one in updated:
+                        sums.merge(one.update(minibatch, save_bad_batch_to=folder.path, on_batch=bar.update))
         return sums
 
     def record(self, state: RunState, folder: RunFolder, rollout: Rollout, sums: Sums) -> None:
@@ -200,6 +201,10 @@ class Trainer:
         self.rollouts.close()
         self.reward.close()
         self.engine.close()
+
+
+def num_batches(minibatches: Sequence[MiniBatch]) -> int:
+    return sum(len(m.batches) for m in minibatches)
 
 
 def shuffle_rewards(groups: Sequence[Group], *, seed: int) -> None:

@@ -14,10 +14,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
 from megatron_dgpo.data.problems import Problem, read_problems
 from megatron_dgpo.evaluation import is_correct
+from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.progress import progress
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rewards.answers import gold_answer
 from megatron_dgpo.types import Prompt, Sample
@@ -61,6 +61,7 @@ def complaint(problem: Problem, sample: Sample) -> str | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
+    set_up_logging(False, 0)
     malformed: list[str] = []
     keys = {"prompt_key": options.prompt_key, "answer_key": options.answer_key}
     try:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     bad = list(malformed)
     try:
-        with reward, tqdm(total=len(problems), desc="rewards", unit="row") as bar:
+        with reward, progress("rewards", len(problems), "rows") as bar:
             for start in range(0, len(problems), CHUNK):
                 part = problems[start : start + CHUNK]
                 samples = [as_sample(problem, reward, options.response) for problem in part]

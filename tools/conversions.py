@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
 import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from checkpoint_log_probs import Ids, megatron_log_probs, transformers_log_probs
 from split_ranks import RankFailed, run_ranks
-from tqdm import tqdm
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.cli import ConfigError, refusals
 from megatron_dgpo.config import ParallelConfig
 from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.progress import BYTES, progress
 from megatron_dgpo.weights.checkpoints import HFFolder, MegatronFolder, import_hf, open_checkpoint
 from megatron_dgpo.weights.convert import export_hf
 from megatron_dgpo.weights.folders import check_target
@@ -44,13 +43,6 @@ def refused() -> Iterator[None]:
             raise ConfigError([" ".join(str(error.args[0]).split())]) from error
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], Any]]:
-    """A bar over bytes, on a terminal."""
-    with tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None) as bar:
-        yield bar.update
-
-
 def describe(model: HFFolder | MegatronFolder) -> str:
     numbers = model.num_bytes // model.dtype.itemsize
     dtype = str(model.dtype).removeprefix("torch.")
@@ -61,8 +53,8 @@ def import_(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
         model = HFFolder(options.source)
-        with progress("import", model.num_bytes) as on_bytes:
-            import_hf(model, options.target, overwrite=options.overwrite, on_bytes=on_bytes)
+        with progress("import", model.num_bytes, BYTES) as bar:
+            import_hf(model, options.target, overwrite=options.overwrite, on_bytes=bar.update)
     print(f"imported {describe(model)}: {options.target}")
     return 0
 
@@ -71,13 +63,13 @@ def export(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
         model = open_checkpoint(options.source, options.model)
-        with progress("export", model.num_bytes) as on_bytes:
+        with progress("export", model.num_bytes, BYTES) as bar:
             export_hf(
                 model,
                 options.target,
                 shard_bytes=options.shard_size,
                 overwrite=options.overwrite,
-                on_bytes=on_bytes,
+                on_bytes=bar.update,
             )
     print(f"exported {describe(model)}: {options.target}")
     return 0
@@ -105,11 +97,13 @@ def verify(options: argparse.Namespace) -> int:
             return 0
     else:
         try:
-            found = on_own_ranks(parallel, arguments)
+            with progress("log-probs of the checkpoint", bar=False):
+                found = on_own_ranks(parallel, arguments)
         except (RankFailed, TimeoutError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-    wanted = transformers_log_probs(options.source, dtype, sequences)
+    with progress("log-probs by transformers", bar=False):
+        wanted = transformers_log_probs(options.source, dtype, sequences)
     return report(names, found, wanted, options.bound)
 
 
@@ -147,7 +141,7 @@ def read_prompts(path: Path | None, folder: Path, shape: ModelShape) -> tuple[li
         ids = [[draw.randrange(shape.vocab_size) for _ in range(length)] for _ in count]
         return [f"random ids {i + 1}" for i in count], ids
     names, sequences = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         ids = token_ids(line, folder)
@@ -165,7 +159,7 @@ def read_prompts(path: Path | None, folder: Path, shape: ModelShape) -> tuple[li
 
 def token_ids(line: str, folder: Path) -> list[int]:
     try:
-        value = json.loads(line)
+        value = jsontext.loads(line)
     except ValueError:
         value = None
     if isinstance(value, list):

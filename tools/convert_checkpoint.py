@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0  # one process converts
     from conversions import COMMANDS  # imports torch and Megatron, which takes seconds
 
+    from megatron_dgpo.observe.console import set_up_logging
+
+    set_up_logging(False, int(os.environ.get("RANK", "0")))
     return COMMANDS[options.command](options)
 
 

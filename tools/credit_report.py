@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-
-from tqdm import tqdm
 
 from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.report import build, data
+from megatron_dgpo.progress import Bar, progress
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -38,20 +38,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Bars:
-    """A progress bar for each phase, on a terminal."""
+    """Progress of each phase."""
 
     def __init__(self) -> None:
-        self.name, self.bar = "", None
+        self.name, self.done = "", 0
+        self._open = ExitStack()
+        self._bar: Bar | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        if what != self.name or self.bar is None or done < self.bar.n:
+        if what != self.name or self._bar is None or done < self.done:
             self.close()
-            self.name, self.bar = what, tqdm(total=total, desc=what, delay=1.0, leave=False, disable=None)
-        self.bar.update(done - self.bar.n)
+            self.name, self.done = what, 0
+            self._bar = self._open.enter_context(progress(what, total, shown=True))
+        self._bar.update(done - self.done)
+        self.done = done
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self._open.close()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

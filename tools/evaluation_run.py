@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
@@ -32,6 +31,7 @@ from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.mcore.model import build_model
 from megatron_dgpo.mcore.policy import Frozen
 from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.progress import progress, watched
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
@@ -120,7 +120,7 @@ def draw(
     with (
         platform.distributed(ParallelConfig(device=options.device), seed=options.seed) as groups,
         tempfile.TemporaryDirectory() as logs,
-        tqdm(total=len(prompts) * options.k, unit="sample", desc="evaluate") as bar,
+        progress("evaluate", len(prompts) * options.k, "samples") as bar,
     ):
         build = _sglang if options.engine == "sglang" else _embedded
         try:
@@ -260,7 +260,7 @@ def regrade(
             f"weights that drew the samples ({file.weights})"
         )
     groups = [kept[p.id] for p in prompts]
-    for group in tqdm(groups, unit="problem", desc="regrade"):
+    for group in watched(groups, "regrade", len(groups), "problems"):
         reward.score(group.samples)
     file.rewrite(groups)
     return groups

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from megatron_dgpo.data.problems import Problem, final, read_problems
 from megatron_dgpo.data.rows import Renderer, encode
+from megatron_dgpo.observe.console import set_up_logging
+from megatron_dgpo.progress import watched
 
 QUANTILES = (("shortest", 0.0), ("median", 0.5), ("95%", 0.95), ("99%", 0.99), ("longest", 1.0))
 
@@ -66,7 +67,7 @@ def read(options: argparse.Namespace, rejected: Rejected) -> list[Problem]:
     rows = read_problems(
         options.sources, prompt_key=options.prompt_key, answer_key=options.answer_key, malformed=malformed
     )
-    problems = list(tqdm(rows, desc="read", unit="row"))
+    problems = list(rows)
     for complaint in malformed:
         rejected.add("malformed", complaint)
     if malformed and options.strict:
@@ -102,7 +103,8 @@ def lengths(options: argparse.Namespace, problems: Sequence[Problem]) -> list[in
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     template = not options.no_chat_template
     render = Renderer(tokenizer, template)
-    texts = [render(problem.messages, problem.at) for problem in tqdm(problems, desc="render", unit="row")]
+    watch = watched(problems, "rendering", len(problems), "rows")
+    texts = [render(problem.messages, problem.at) for problem in watch]
     return [len(ids) for ids in encode(tokenizer, texts, add_special_tokens=not template)]
 
 
@@ -155,6 +157,7 @@ def report(options: argparse.Namespace, kept: int, sizes: Sequence[int], rejecte
 
 def main(argv: Sequence[str] | None = None) -> int:
     options, rejected = parse(argv), Rejected()
+    set_up_logging(False, 0)
     try:
         problems = read(options, rejected)
         if not options.keep_duplicates:

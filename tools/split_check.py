@@ -28,6 +28,7 @@ from megatron_dgpo.config import Config
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.inputs import load_tokenizer
 from megatron_dgpo.mcore.model import ModelShape
+from megatron_dgpo.progress import progress
 from megatron_dgpo.types import Group, Prompt
 from megatron_dgpo.weights import convert
 
@@ -187,11 +188,13 @@ def check(config: Config, batch: Sequence[Group], options: argparse.Namespace, s
     print(f"{len(batch)} prompts, {len(lengths)} responses, {sum(lengths)} tokens; {len(rows)} splits")
     first_folder = scratch / "split0"
     for number, row in enumerate(rows):
-        print(f"[{number + 1}/{len(rows)}] {row.name}", end=" ", flush=True)
+        name = f"[{number + 1}/{len(rows)}] {row.name}"
+        print(name, end=" ", flush=True)
         folder = scratch / f"split{number}"
         folder.mkdir()
         try:
-            run_split(row, config, len(batch), batch_file, folder, options.timeout)
+            with progress(name, shown=True, bar=False):
+                run_split(row, config, len(batch), batch_file, folder, options.timeout)
             if row.replay is not None:
                 assert rows[0].replay is not None, "the loop ends when the first one fails"
                 row.differences = compare(rows[0].replay, first_folder, row.replay, folder)

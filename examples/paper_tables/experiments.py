@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from arms import ARMS, DAPO, TAUS, TIMED, Run, Scale, tau_arm
-from tqdm import tqdm
+
+from megatron_dgpo.observe.console import Console
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = ROOT / "examples" / "quickstart"
@@ -152,14 +153,15 @@ class Experiments:
         self, what: str, tasks: Sequence[tuple[str, Callable[[], None]]], *, jobs: int | None = None
     ) -> None:
         """Run the tasks, `jobs` at a time; after the first failure no other is begun."""
-        with ThreadPoolExecutor(jobs or self.jobs) as pool, tqdm(total=len(tasks), desc=what) as bar:
+        console = Console(quiet=False, rank=0)
+        with ThreadPoolExecutor(jobs or self.jobs) as pool, console.phase(what, len(tasks), "runs") as bar:
             names = {pool.submit(task): name for name, task in tasks}
             for future in as_completed(names):
                 if future.exception() is not None:
                     pool.shutdown(wait=False, cancel_futures=True)
                 future.result()
                 bar.update()
-                bar.set_postfix_str(names[future])
+                console.log(f"{what}: {names[future]} is done")
 
 
 # --- commands ------------------------------------------------------------------------------------------

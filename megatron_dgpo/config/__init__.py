@@ -266,7 +266,7 @@ class OptimizerConfig(Section):
     min_lr: NonNegative = 0.0
     """Where the decay ends."""
     warmup_steps: Count = 0
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up: step k of n has the learning rate lr k / n."""
     decay_style: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate after the warm-up, over the rest of the run."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+
+from megatron_dgpo.jsontext import lone_surrogate
+from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,13 +39,43 @@ def require(row: dict[str, Any], key: str, at: str) -> Any:
         raise ValueError(f"{at}: no key {key!r}; the row has {sorted(row)}") from None
 
 
+def require_text(value: Any, key: str, at: str) -> str:
+    """A string that is not blank and that can be encoded; ValueError for anything else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{at}: {key!r} is a {type(value).__name__}, expected a string")
+    _require_encodable(value, repr(key), at)
+    if not value.strip():
+        raise ValueError(f"{at}: {key!r} is empty")
+    return value
+
+
+def number_text(value: int | float | Decimal, key: str, at: str) -> str:
+    """A number as people write it: ``7`` for 7.0, and no exponent. ValueError where it is not finite."""
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"{at}: {key!r} is {value}, expected a string or a finite number")
+    if value == 0:
+        return "0"
+    digits = format(Decimal(repr(value)) if isinstance(value, float) else value, "f")
+    return digits.rstrip("0").rstrip(".") if "." in digits else digits
+
+
+def _require_encodable(value: str, what: str, at: str) -> None:
+    place = lone_surrogate(value)
+    if place is not None:
+        raise ValueError(
+            f"{at}: {what} is no text: character {place + 1} is a lone surrogate, {ascii(value[place])[1:-1]}"
+        )
+
+
 def to_messages(value: Any, key: str, at: str, system_prompt: str) -> Messages:
     """A prompt (a string, or chat messages) as chat messages that end with the question.
 
     Raises ValueError where it is neither, is empty, or names a second system prompt.
     """
     if isinstance(value, str):
-        messages = [{"role": "user", "content": value}]
+        messages = [{"role": "user", "content": require_text(value, key, at)}]
     elif isinstance(value, list) and value:
         messages = []
         for number, message in enumerate(value, start=1):
@@ -51,6 +86,7 @@ def to_messages(value: Any, key: str, at: str, system_prompt: str) -> Messages:
             for part in ("role", "content"):
                 if not isinstance(message.get(part), str):
                     raise ValueError(f"{at}: message {number} of {key!r} has no string {part!r}")
+                _require_encodable(message[part], f"{part!r} of message {number} of {key!r}", at)
             messages.append({"role": message["role"], "content": message["content"]})
     elif isinstance(value, list):
         raise ValueError(f"{at}: {key!r} is empty")
@@ -110,7 +146,8 @@ def encode(
     """Token ids of each text; equal texts are encoded once."""
     unique = list(dict.fromkeys(texts))
     ids: dict[str, tuple[int, ...]] = {}
-    for start in range(0, len(unique), TOKENIZE_CHUNK):
+    starts = range(0, len(unique), TOKENIZE_CHUNK)
+    for start in watched(starts, "tokenizing", len(starts), f"times {TOKENIZE_CHUNK:,} texts"):
         chunk = unique[start : start + TOKENIZE_CHUNK]
         encoded = tokenizer(
             chunk,

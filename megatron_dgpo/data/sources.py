@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.config.sources import HubDataset, Source
 
 
@@ -15,7 +15,8 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (row number, row); the first row is 1.
 
-    In a .jsonl file the row number is the line number, and blank lines are passed over. From a
+    In a .jsonl file the row number is the line number, and blank lines and byte order marks are passed
+    over; NaN and lone surrogates are values of a row, of which only those that are used matter. From a
     .parquet file or the hub only the columns in which one of the (dotted) `keys` can lie are read.
 
     Raises FileNotFoundError for a missing file and ValueError for malformed or empty data, or a hub
@@ -54,33 +55,49 @@ def _read_jsonl(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any
 
 def _parse_line(line: bytes, at: str) -> dict[str, Any] | ValueError:
     try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"{at}: not UTF-8 ({error.reason})")
-    except json.JSONDecodeError as error:
-        return ValueError(f"{at}: not valid JSON ({error.msg}, column {error.colno})")
+        row = jsontext.loads(line)
+    except ValueError as error:
+        return ValueError(f"{at}: {error}")
     if not isinstance(row, dict):
         return ValueError(f"{at}: expected a JSON object, got {type(row).__name__}")
     return row
 
 
-def _read_parquet(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(path: Path, keys: set[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"data file {path}: not a parquet file ({error})") from error
     columns = _columns(file.schema_arrow.names, keys, f"data file {path}")
     number = 0
-    for batch in file.iter_batches(batch_size=4096, columns=columns):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        for batch in file.iter_batches(batch_size=4096, columns=columns):
+            for row in _python_rows(batch):
+                number += 1
+                named = isinstance(row, ValueError)
+                yield number, ValueError(f"{where(path, number)}: {row}") if named else row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"data file {path}: damaged after row {number} ({error})") from error
 
 
-def _read_hub(source: HubDataset, keys: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _python_rows(batch: Any) -> Iterator[dict[str, Any] | ValueError]:
+    """The rows of an Arrow batch, and what is wrong with those that have no Python value."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):  # text that is not UTF-8, a date beyond Python's
+        for at in range(batch.num_rows):
+            try:
+                yield from batch.slice(at, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield ValueError(f"not UTF-8 ({error.reason})")
+            except (ValueError, OverflowError) as error:
+                yield ValueError(f"cannot be read ({error})")
+
+
+def _read_hub(source: HubDataset, keys: set[str]) -> Iterator[tuple[int, dict[str, Any] | ValueError]]:
     try:
         import datasets
     except ImportError:
@@ -93,7 +110,15 @@ def _read_hub(source: HubDataset, keys: set[str]) -> Iterator[tuple[int, dict[st
         first = str(error).strip().splitlines()[:1]
         raise ValueError(f"{source}: {type(error).__name__}: {first[0] if first else ''}") from error
     found = found.select_columns(_columns(found.column_names, keys, str(source)))
-    yield from enumerate(found, start=1)
+    number = 0
+    while number < len(found):
+        try:
+            for row in found.select(range(number, len(found))):
+                number += 1
+                yield number, row
+        except (ValueError, OverflowError) as error:  # text that is not UTF-8, a date beyond Python's
+            number += 1
+            yield number, ValueError(f"{where(source, number)}: cannot be read ({error})")
 
 
 def _columns(names: Sequence[str], keys: set[str], what: str) -> list[str]:

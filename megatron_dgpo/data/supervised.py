@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dgpo.config.sources import parse_sources
-from megatron_dgpo.data.rows import Renderer, encode, require, to_messages
+from megatron_dgpo.data.rows import Renderer, encode, require, require_text, to_messages
 from megatron_dgpo.data.sources import read_rows, where
+from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,16 +55,12 @@ def load_supervised(
     render = Renderer(tokenizer, apply_chat_template)
     prompts, responses = [], []
     for path in parse_sources(paths):
-        for number, row in read_rows(path, [prompt_key, response_key]):
+        rows = read_rows(path, [prompt_key, response_key])
+        for number, row in watched(rows, f"reading {path}", unit="rows"):
             at = where(path, number)
             messages = to_messages(require(row, prompt_key, at), prompt_key, at, system_prompt)
             prompts.append(render(messages, at))
-            response = require(row, response_key, at)
-            if not isinstance(response, str):
-                raise ValueError(f"{at}: {response_key!r} is a {type(response).__name__}, expected a string")
-            if not response.strip():
-                raise ValueError(f"{at}: {response_key!r} is empty")
-            responses.append(response)
+            responses.append(require_text(require(row, response_key, at), response_key, at))
     prompt_ids = encode(tokenizer, prompts, add_special_tokens=not apply_chat_template)
     response_ids = encode(tokenizer, responses, add_special_tokens=False)
     eos = (tokenizer.eos_token_id,)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
 _HEADER = "evaluation"
@@ -45,15 +48,9 @@ class SampleFile:
         if complete != text:  # a run was killed while it wrote
             with self.path.open("rb+") as file:
                 file.truncate(len(complete))
-        lines = complete.decode().splitlines()
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{self.path}, line {number} is no JSON ({error})") from error
-        had = rows[0].get(_HEADER) if rows and isinstance(rows[0], dict) else None
-        if had is None:
+        rows = [self._row(number, line) for number, line in enumerate(complete.split(b"\n")[:-1], start=1)]
+        had = rows[0].get(_HEADER) if rows else None
+        if not isinstance(had, dict):
             raise ValueError(f"{self.path} does not begin with an evaluation's settings")
         for key in sorted({*had, *settings}):
             may_differ = self._regrade and key in (WEIGHTS, *REWARD)
@@ -62,6 +59,17 @@ class SampleFile:
         if self._regrade and WEIGHTS in had:
             self._settings[WEIGHTS] = had[WEIGHTS]
         self._rows = rows[1:]
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        """A line's object. Raises ValueError naming file and line for what no evaluation wrote."""
+        try:
+            row = jsontext.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{self.path}, line {number} is {error}") from None
+        if not isinstance(row, dict) or (number > 1 and (problem := _problem(row))):
+            what = "no JSON object" if not isinstance(row, dict) else f"no sample: {problem}"
+            raise ValueError(f"{self.path}, line {number} is {what}")
+        return row
 
     def _refusal(self, key: str, had: Any, given: Any) -> str:
         if key == WEIGHTS:
@@ -135,7 +143,13 @@ class SampleFile:
 
 
 def _lines(group: Group) -> str:
-    return "".join(json.dumps(_row(s), ensure_ascii=False) + "\n" for s in group.samples)
+    return "".join(_line(_row(s)) + "\n" for s in group.samples)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    """With escapes where a text of a reward function's own has half of a surrogate pair."""
+    line = json.dumps(row, ensure_ascii=False)
+    return line if jsontext.lone_surrogate(line) is None else json.dumps(row)
 
 
 def _row(sample: Sample) -> dict[str, Any]:
@@ -152,6 +166,29 @@ def _row(sample: Sample) -> dict[str, Any]:
         finish_reason=sample.finish_reason,
         token_ids=list(sample.token_ids),
     )
+
+
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(("prompt", "question", "gold", "text"), (str,)),
+    **dict.fromkeys(("answer", "reward_error"), (str, NoneType)),
+    "finish_reason": (str,),
+    "index": (int,),
+    "reward": (float, int, NoneType),
+    "reward_parts": (dict,),
+    "token_ids": (list,),
+}
+
+
+def _problem(row: Mapping[str, Any]) -> str | None:
+    """What keeps a row from being a sample."""
+    for key, kinds in _KINDS.items():
+        if key not in row:
+            return f"it has no {key!r}"
+        if not isinstance(row[key], kinds):
+            return f"its {key!r} is {row[key]!r:.40}"
+    if row["reward"] is not None and not math.isfinite(row["reward"]):
+        return f"its 'reward' is {row['reward']}"
+    return None
 
 
 def _sample(row: Mapping[str, Any], prompt: Prompt) -> Sample:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.mcore.files import (
     METADATA,
     check_files,
@@ -37,6 +37,7 @@ from megatron_dgpo.mcore.files import (
 )
 from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.policy import Policy, inner_optimizers
+from megatron_dgpo.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class CheckpointStore:
         for path in sorted(self.folder.glob("step_*")):
             if _COMPLETE.fullmatch(path.name) and (path / _STATE_FILE).is_file():
                 try:
-                    state = json.loads((path / _STATE_FILE).read_text())
+                    state = jsontext.loads((path / _STATE_FILE).read_bytes())
                 except ValueError as error:
                     raise ValueError(f"{path / _STATE_FILE} is damaged ({error}); {_REMEDY}") from error
                 found.append(Checkpoint(int(state["step"]), path, state))
@@ -109,12 +110,9 @@ class CheckpointStore:
         partial = final.with_suffix(".partial")
         if self.groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        _save(policy, partial)
-        if critic is not None:
-            _save(critic, partial / CRITIC_FOLDER)
+        with progress(f"saving {final}"):
+            self._write(policy, partial, state, critic)
         if self.groups.rank == 0:
-            (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
-            flush_to_disk(partial, contents=True)
             replaced = partial.with_suffix(".old.partial")
             if final.exists():  # out of the way at once: half deleted, it would look complete
                 final.rename(replaced)
@@ -124,6 +122,14 @@ class CheckpointStore:
             self._prune()
         _barrier(self.groups)
         return final
+
+    def _write(self, policy: Policy, folder: Path, state: dict[str, Any], critic: Policy | None) -> None:
+        _save(policy, folder)
+        if critic is not None:
+            _save(critic, folder / CRITIC_FOLDER)
+        if self.groups.rank == 0:
+            (folder / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            flush_to_disk(folder, contents=True)
 
     def rewrite_state(self, state: dict[str, Any]) -> None:
         """Replace what stands beside the weights of the checkpoint at `state["step"]`."""
@@ -226,8 +232,9 @@ def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"{error}; {_REMEDY}") from error
         check_shape(folder, part.model.shape)
-    for part, folder in parts:
-        _restore(part, dataclasses.replace(checkpoint, path=folder))
+    with progress(f"loading {checkpoint.path}"):
+        for part, folder in parts:
+            _restore(part, dataclasses.replace(checkpoint, path=folder))
 
 
 def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
@@ -261,7 +268,7 @@ def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> N
     """
     check_files(folder, groups)
     check_shape(folder, model.shape)
-    with platform.megatron_calls(), torch.no_grad():
+    with progress(f"loading {folder}"), platform.megatron_calls(), torch.no_grad():
         state = model.sharded_state_dict(metadata=dict(METADATA))
         # The others are the extra state of linear layers: empty without FP8, and not imported.
         tensors = {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}

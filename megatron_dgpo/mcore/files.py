@@ -38,8 +38,9 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.progress import BYTES, progress
 
 METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -89,12 +90,16 @@ def digests(folder: Path, groups: platform.Groups | None = None) -> dict[str, st
     """File name -> size and CRC-32; over several ranks each reads its share, and all have all."""
     rank, ranks = (groups.rank, groups.world_size) if groups else (0, 1)
     found: dict[str, str] = {}
-    for name in own_files(folder)[rank::ranks]:
-        crc = size = 0
-        with (folder / name).open("rb") as file:
-            while chunk := file.read(1 << 24):
-                crc, size = zlib.crc32(chunk, crc), size + len(chunk)
-        found[name] = f"{size} {crc:08x}"
+    mine = own_files(folder)[rank::ranks]
+    total = sum((folder / name).stat().st_size for name in mine)
+    with progress(f"checksums of {folder}", total, BYTES) as bar:
+        for name in mine:
+            crc = size = 0
+            with (folder / name).open("rb") as file:
+                while chunk := file.read(1 << 24):
+                    crc, size = zlib.crc32(chunk, crc), size + len(chunk)
+                    bar.update(len(chunk))
+            found[name] = f"{size} {crc:08x}"
     if groups is None:
         return found
     return {name: d for part in platform.gather_objects(found, groups.world) for name, d in part.items()}
@@ -110,7 +115,7 @@ def check_files(folder: Path, groups: platform.Groups | None = None) -> None:
     written: dict[str, str] = {FILES_FILE: "is there"}
     if listed.is_file():
         try:
-            written = dict(json.loads(listed.read_text()))
+            written = dict(jsontext.loads(listed.read_bytes()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{listed} is damaged ({error})") from error
     found = digests(folder, groups)

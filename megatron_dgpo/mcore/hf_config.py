@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_dgpo import jsontext
+
 
 @dataclass(frozen=True)
 class Family:
@@ -184,9 +186,9 @@ class ModelShape:
         """Raises OSError where there is no config.json, and ValueError naming it and what is wrong in it."""
         path = folder / "config.json"
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = jsontext.loads(path.read_bytes())
         except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error})") from error
+            raise ValueError(f"{path} is {error}") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path} does not hold a JSON object")
         try:

@@ -32,6 +32,12 @@ MicrobatchFn = Callable[[Tensor, Tensor, PackedBatch], Result]
 """(hidden (T, H), head weight (K, H), micro-batch) -> anything."""
 LossFn = Callable[[Tensor, Tensor, PackedBatch], tuple[Tensor, Any]]
 """Like MicrobatchFn; the scalar loss is this micro-batch's share of the mini-batch's sum."""
+OnBatch = Callable[[], object]
+"""Called after a micro-batch's forward pass on this rank's stage."""
+
+
+def ignore() -> None:
+    """Nobody counts."""
 
 
 class NonFiniteUpdate(RuntimeError):
@@ -147,18 +153,22 @@ class Policy:
 
     # --- passes -----------------------------------------------------------------------------------
 
-    def forward(self, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
+    def forward(
+        self, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result], on_batch: OnBatch = ignore
+    ) -> list[Result]:
         """Run the model over micro-batches without gradients.
 
         Returns fn's result for each micro-batch on the last stage, an empty list on the others.
         """
         self.ddp.eval()
         with torch.no_grad():
-            results = self._schedule(batches, fn, forward_only=True)
+            results = self._schedule(batches, fn, on_batch, forward_only=True)
         self.ddp.train()
         return results
 
-    def update(self, batches: Sequence[PackedBatch], loss_fn: LossFn) -> UpdateResult:
+    def update(
+        self, batches: Sequence[PackedBatch], loss_fn: LossFn, on_batch: OnBatch = ignore
+    ) -> UpdateResult:
         """One optimizer step on a mini-batch given as this rank's micro-batches.
 
         Losses and gradients of all micro-batches and data-parallel ranks are *summed*.
@@ -168,7 +178,7 @@ class Policy:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._schedule(batches, loss_fn, forward_only=False)
+        metrics = self._schedule(batches, loss_fn, on_batch, forward_only=False)
         with platform.megatron_calls():
             ok, grad_norm, _ = self.optimizer.step()
         learning_rate = max(g["lr"] for g in self.optimizer.param_groups)
@@ -178,12 +188,14 @@ class Policy:
         self.scheduler.step(1)
         return UpdateResult(metrics, float(grad_norm), float(learning_rate))
 
-    def _schedule(self, batches: Sequence[PackedBatch], fn: Callable, *, forward_only: bool) -> list[Any]:
+    def _schedule(
+        self, batches: Sequence[PackedBatch], fn: Callable, on_batch: OnBatch, *, forward_only: bool
+    ) -> list[Any]:
         if not batches:
             raise ValueError("a pass needs at least one micro-batch on every rank (see data.empty_batch)")
         if self.config.sequence_parallel:
             batches = [pad_for_sequence_parallel(b, self.groups.tp.size()) for b in batches]
-        return _schedule(self.ddp, self.model, batches, fn, forward_only=forward_only)
+        return _schedule(self.ddp, self.model, batches, fn, on_batch, forward_only=forward_only)
 
     # --- reference --------------------------------------------------------------------------------
 
@@ -236,11 +248,17 @@ class Frozen:
 @torch.no_grad()
 def forward(model: PolicyModel, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
     """`Policy.forward` of a model that is not trained: without buffers for gradients or an optimizer."""
-    return _schedule(model, model, batches, fn, forward_only=True)
+    return _schedule(model, model, batches, fn, ignore, forward_only=True)
 
 
 def _schedule(
-    wrapped: Any, model: PolicyModel, batches: Sequence[PackedBatch], fn: Callable, *, forward_only: bool
+    wrapped: Any,
+    model: PolicyModel,
+    batches: Sequence[PackedBatch],
+    fn: Callable,
+    on_batch: OnBatch,
+    *,
+    forward_only: bool,
 ) -> list[Any]:
     """Megatron's schedule over micro-batches of the model, or of what it is wrapped in for training."""
 
@@ -254,7 +272,9 @@ def _schedule(
 
     def forward_step(batches_left: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
         batch = next(batches_left)
-        return model(batch), partial(on_last_stage, batch)
+        hidden = model(batch)
+        on_batch()
+        return hidden, partial(on_last_stage, batch)
 
     with platform.megatron_calls():
         return get_forward_backward_func()(
@@ -288,10 +308,23 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
             }
 
 
-def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> OptimizerParamScheduler:
-    return OptimizerParamScheduler(
+class Schedule(OptimizerParamScheduler):
+    """Megatron's, with a warm-up whose every update moves the weights.
+
+    Megatron's schedule counts the updates before this one, so its warm-up of n updates goes from 0 to
+    lr (n - 1) / n. Here update k of the warm-up has lr k / n. Later updates have Megatron's learning rates.
+    """
+
+    def get_lr(self, param_group: dict[str, Any]) -> float:
+        if self.num_steps < self.lr_warmup_steps:
+            return param_group.get("max_lr", self.max_lr) * (self.num_steps + 1) / self.lr_warmup_steps
+        return super().get_lr(param_group)
+
+
+def _build_scheduler(optimizer: Any, c: Any, total_updates: int) -> Schedule:
+    return Schedule(
         optimizer,
-        init_lr=0.0 if c.warmup_steps else c.lr,
+        init_lr=c.lr,
         max_lr=c.lr,
         min_lr=c.min_lr,
         lr_warmup_steps=c.warmup_steps,

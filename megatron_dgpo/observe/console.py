@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from tqdm import tqdm
 
-_DELAY = 3.0
-"""Seconds before a phase is worth a progress bar."""
+from megatron_dgpo.progress import Bar, progress
 
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("reward", "reward", 6, 3),
@@ -57,25 +56,11 @@ class Console:
             cells.append(f"{label} {_number(metrics.get(name), width, decimals)}")
         self.log("  ".join(cells))
 
-    @contextmanager
-    def phase(self, name: str, total: int | None = None) -> Iterator[tqdm[Any]]:
-        """A progress bar on stderr, shown once the phase has lasted about three seconds.
-
-        Yields the bar: call `.update(n)`.
-        """
-        # A log file gets a line every ten seconds; a terminal a moving bar.
-        interval = 0.2 if sys.stderr.isatty() else 10.0
-        with tqdm(
-            total=total,
-            desc=name,
-            delay=_DELAY,
-            disable=not self._chatty,
-            file=sys.stderr,
-            leave=False,
-            mininterval=interval,
-            dynamic_ncols=True,
-        ) as bar:
-            yield bar
+    def phase(
+        self, name: str, total: int | None = None, unit: str = "", *, initial: int = 0
+    ) -> AbstractContextManager[Bar]:
+        """`progress` of a phase of the run; call `.update(n)` of what it gives."""
+        return progress(name, total, unit, initial=initial, shown=self._chatty)
 
     def table(self, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """A titled table; the columns are the keys of all rows in order of appearance.

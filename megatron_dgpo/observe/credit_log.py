@@ -18,6 +18,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_dgpo import jsontext
+
 log = logging.getLogger(__name__)
 
 FOLDER = "credit"
@@ -130,7 +132,7 @@ def read(path: str | Path, columns: Sequence[str] | None = None) -> Any:
 def settings(table: Any, path: str | Path = "the table") -> dict[str, Any]:
     """What the weights were made with (`SETTINGS`). Raises ValueError where it does not say so."""
     try:
-        found = json.loads((table.schema.metadata or {})[SETTINGS])
+        found = jsontext.loads((table.schema.metadata or {})[SETTINGS])
     except (KeyError, ValueError):
         found = None
     if not isinstance(found, dict):

@@ -5,14 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_dgpo import jsontext
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 
 def dump(row: dict[str, Any]) -> str:
-    """One line of strict JSON with its newline; NaN and infinities become null."""
-    return json.dumps(strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    """One line of strict JSON with its newline; NaN and infinities become null, and lone surrogates, which no
+    file can hold, the replacement character."""
+    line = json.dumps(strict(row), ensure_ascii=False, allow_nan=False) + "\n"
+    return line if jsontext.lone_surrogate(line) is None else _SURROGATE.sub("\ufffd", line)
 
 
 def strict(value: Any) -> Any:
@@ -27,10 +34,13 @@ def strict(value: Any) -> Any:
 
 
 def parse(line: bytes) -> dict[str, Any] | None:
-    """A line's object; None for anything else."""
+    """A line's object, made `strict`; None for anything else."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):  # the latter: brackets nested without end
+        row = strict(jsontext.loads(line))
+    except (
+        ValueError,
+        RecursionError,
+    ):  # the latter: nested less deep than a parser takes, and still too deep
         return None
     return row if isinstance(row, dict) else None
 

@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from megatron_dgpo.progress import progress, watched
+
 START_SECONDS = 120.0
 """Time for a worker to import what it needs, which is not counted as scoring."""
 
@@ -113,9 +115,10 @@ class ProcessPool:
         results: list[dict[str, Any] | str | None] = [None] * len(calls)
         waiting = deque(range(len(calls)))
         try:
-            while waiting or any(worker.call is not None for worker in self._workers):
-                self._assign(calls, waiting)
-                self._collect(results)
+            with progress("scoring", len(calls), "responses", bar=False) as bar:
+                while waiting or any(worker.call is not None for worker in self._workers):
+                    self._assign(calls, waiting)
+                    bar.update(self._collect(results))
         except BaseException:
             # A call in flight would answer into the next map.
             while self._workers:
@@ -141,8 +144,10 @@ class ProcessPool:
             self._starter = ThreadPoolExecutor(1, thread_name_prefix="reward-workers")
         return self._starter.submit(_Worker, self.task).result()
 
-    def _collect(self, results: list[dict[str, Any] | str | None]) -> None:
+    def _collect(self, results: list[dict[str, Any] | str | None]) -> int:
+        """Wait for some answers and put them where they belong; how many calls are done with."""
         busy = [worker for worker in self._workers if worker.call is not None or not worker.ready]
+        calls = sum(worker.call is not None for worker in busy)
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.stdout, selectors.EVENT_READ, worker)
@@ -163,6 +168,7 @@ class ProcessPool:
             overdue = worker.call is not None or not worker.ready
             if overdue and now >= worker.deadline and worker in self._workers:
                 self._lose(worker, results, f"timed out after {self.timeout_seconds:g} s")
+        return calls - sum(worker.call is not None for worker in self._workers)
 
     def _lose(self, worker: _Worker, results: list[dict[str, Any] | str | None], reason: str | None) -> None:
         """Take a worker out of service; its call, if any, has failed."""
@@ -181,7 +187,7 @@ def call_here(
 ) -> list[dict[str, Any] | str]:
     """What `ProcessPool.map` gives, in this process and without a time limit."""
     results: list[dict[str, Any] | str] = []
-    for arguments in calls:
+    for arguments in watched(calls, "scoring", len(calls), "responses", bar=False):
         try:
             results.append(function(**arguments))
         except Exception as error:  # whatever it raises is a failure of this one call

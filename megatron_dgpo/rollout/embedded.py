@@ -36,6 +36,10 @@ _SCORED_LOGITS = 1 << 26
 """`log_probs` holds about this many logits at once (256 MB)."""
 
 
+def _ignore(_: int) -> None:
+    """Nobody counts."""
+
+
 class EmbeddedEngine:
     """A Hugging Face causal language model as a rollout engine.
 
@@ -156,9 +160,9 @@ class EmbeddedEngine:
     ) -> list[Group | None]:
         """`params.n` samples for each prompt, groups in the order of the prompts.
 
-        `on_progress` is called with the number of samples of each batch that is done, `on_group` with
-        each group that it completes. `should_stop` is asked before each batch: a batch that has begun
-        is not given up.
+        `on_progress` is called with the number of samples that have ended whenever a batch drops those, and
+        at its end, `on_group` with each group that a batch completes. `should_stop` is asked before each
+        batch: one that has begun is not given up.
 
         Raises:
             ValueError: for an empty, too long or out-of-vocabulary prompt, or two prompts of one id.
@@ -177,10 +181,8 @@ class EmbeddedEngine:
                 break
             batch = order[start : start + self._max_batch_size]
             with self._lock:
-                drawn = self._generate_batch([rows[r] for r in batch], params)
+                drawn = self._generate_batch([rows[r] for r in batch], params, on_progress or _ignore)
             samples.update(zip(batch, drawn, strict=True))
-            if on_progress is not None:
-                on_progress(len(batch))
             for p in sorted({r // params.n for r in batch}):
                 members = [samples.get(r) for r in range(p * params.n, (p + 1) * params.n)]
                 if None not in members:
@@ -190,12 +192,14 @@ class EmbeddedEngine:
         return groups
 
     @torch.inference_mode()
-    def _generate_batch(self, rows: list[tuple[Prompt, int]], params: SamplingParams) -> list[Sample]:
+    def _generate_batch(
+        self, rows: list[tuple[Prompt, int]], params: SamplingParams, on_progress: Callable[[int], object]
+    ) -> list[Sample]:
         self._require_weights()
         numbers_RN = np.stack([uniforms(params.seed, p.id, i, params.max_new_tokens) for p, i in rows])
         chooser = TokenChooser(params, torch.from_numpy(numbers_RN).to(self._device))
         try:
-            self._run(*self._left_padded([p.token_ids for p, _ in rows]), chooser, params)
+            self._run(*self._left_padded([p.token_ids for p, _ in rows]), chooser, params, on_progress)
         except NonFiniteLogits as error:
             names = sorted({rows[r][0].id for r in error.rows})
             raise RuntimeError(
@@ -205,7 +209,12 @@ class EmbeddedEngine:
         return self._samples(rows, chooser, params)
 
     def _run(
-        self, ids_RL: torch.Tensor, mask_RL: torch.Tensor, chooser: TokenChooser, params: SamplingParams
+        self,
+        ids_RL: torch.Tensor,
+        mask_RL: torch.Tensor,
+        chooser: TokenChooser,
+        params: SamplingParams,
+        on_progress: Callable[[int], object],
     ) -> None:
         """Call transformers' generate until every row has ended, dropping finished rows in between."""
         cache = DynamicCache(config=self._model.config.get_text_config())
@@ -226,9 +235,11 @@ class EmbeddedEngine:
             )
             kept = (~chooser.ended_A).nonzero().squeeze(1)
             chooser.keep(kept)
+            on_progress(len(ids_RL) - len(kept))
             mask_RL = torch.nn.functional.pad(mask_RL, (0, ids_RL.shape[1] - before), value=1)
             ids_RL, mask_RL = ids_RL[kept], mask_RL[kept]
             cache.batch_select_indices(kept)
+        on_progress(len(ids_RL))  # cut off at the limit
 
     def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and attention mask, int64 (R, L)."""

@@ -21,8 +21,8 @@ from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.rollout.select import Selection, Tally, Verdict, verdict
 from megatron_dgpo.types import Group, Prompt
 
-Phase = Callable[[str, int], AbstractContextManager[Any]]
-"""(name, samples) -> a progress bar with `update(samples)`."""
+Phase = Callable[[str, int, str], AbstractContextManager[Any]]
+"""(name, how many, of what) -> progress with `update(samples)`."""
 
 
 class NotEnoughGroups(RuntimeError):
@@ -53,6 +53,11 @@ class Rollout:
     @property
     def groups(self) -> list[Group]:
         return [g for groups in self.minibatches for g in groups]
+
+
+def samples_of(groups: platform.Groups) -> str:
+    """What this rank counts."""
+    return "samples" if groups.world_size == 1 else f"samples of rank {groups.rank}"
 
 
 class Rollouts:
@@ -141,7 +146,8 @@ class Rollouts:
     def _collect(self, draw: Draw, phase: Phase) -> list[Group]:
         """This replica's groups of a draw, scored; those that were given up have no samples."""
         replica = self._groups.replica
-        with phase("rollout", len(draw.prompts) * draw.params.n // replica.size()) as bar:
+        share = len(rank_share(draw.prompts, replica)) * draw.params.n
+        with phase("rollout", share, samples_of(self._groups)) as bar:
             return collect(
                 draw.ahead or self._engine,
                 self._score,

@@ -15,6 +15,7 @@ from megatron_dgpo.mcore.checkpoint import load_weights
 from megatron_dgpo.mcore.files import is_checkpoint
 from megatron_dgpo.mcore.hf_config import ModelShape
 from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.progress import progress, watched
 from megatron_dgpo.weights.checkpoints import (
     MegatronFolder,
     OnBytes,
@@ -55,7 +56,7 @@ def random_source(folder: Path, seed: int) -> tuple[list[str], TensorSource]:
     """Random weights by transformers' own initialisation, the same on every rank and at any split."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
+    with progress("making random weights"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     state = model.state_dict()
@@ -89,7 +90,8 @@ def _fill(
     model: PolicyModel, groups: platform.Groups, entries: Iterator[tuple[Entry, Tensor]], read: TensorSource
 ) -> None:
     padded = model.shape.padded_vocab_size(groups.tp.size())
-    for entry, parameter in entries:
+    there = list(entries)
+    for entry, parameter in watched(there, "loading weights", len(there), "parameters"):
         tensors = [read(n) for n in entry.hf]
         _check_tensors(entry, tensors, model.shape)
         full = to_full(entry, tensors, model.shape, padded)
@@ -125,6 +127,8 @@ def save_hf(
             pass
         return
     with complete_or_absent(target, overwrite=True) as partial:
+        total = len(name_table(model.shape).hf_names())
+        stream = watched(stream, f"writing {target}", total, "tensors")
         write_safetensors(stream, partial, shard_bytes=shard_bytes)
         copy_beside_weights(source, partial, model.config.params_dtype)
 

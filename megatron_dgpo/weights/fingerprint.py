@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.mcore.files import FILES_FILE, is_checkpoint
+from megatron_dgpo.progress import progress
 from megatron_dgpo.weights.checkpoints import hf_folder_of
 from megatron_dgpo.weights.folders import tensor_files
 
@@ -31,6 +33,12 @@ def fingerprint(model: Path) -> str:
         found.update((model / FILES_FILE).read_bytes())
         return found.hexdigest()
     found.update((model / "config.json").read_bytes())
+    with progress(f"the fingerprint of {model}"):
+        _add_tensors(found, model)
+    return found.hexdigest()
+
+
+def _add_tensors(found: Any, model: Path) -> None:
     files = [model / name for name in sorted(set(tensor_files(model).values()))]
     whole = sum(file.stat().st_size for file in files) <= WHOLE_BYTES
     for path in files:
@@ -39,12 +47,13 @@ def fingerprint(model: Path) -> str:
             length = int.from_bytes(file.read(8), "little")
             text = file.read(length)
             found.update(text)
-            tensors = [t["data_offsets"] for name, t in json.loads(text).items() if name != "__metadata__"]
+            tensors = [
+                t["data_offsets"] for name, t in jsontext.loads(text).items() if name != "__metadata__"
+            ]
             for start, end in sorted(tensors):
                 for at, size in _pieces(start, end, whole):
                     file.seek(8 + length + at)
                     found.update(file.read(size))
-    return found.hexdigest()
 
 
 def _pieces(start: int, end: int, whole: bool) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.mcore.files import FILES_FILE, flush_to_disk
 
 TensorSource = Callable[[str], Tensor]
@@ -40,7 +41,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
             raise FileNotFoundError(f"{folder}: neither {ONE_FILE} nor {INDEX_FILE} is there")
         return dict.fromkeys(_names(folder / ONE_FILE), ONE_FILE)
     try:
-        listed = dict(json.loads(index.read_text())["weight_map"])
+        listed = dict(jsontext.loads(index.read_bytes())["weight_map"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{index} is damaged ({type(error).__name__}: {error})") from error
     files = sorted(set(listed.values()))
@@ -107,9 +108,20 @@ def weight_dtype(folder: Path, tensors: dict[str, tuple[tuple[int, ...], str]]) 
 
 
 def config_dtype(folder: Path) -> str | None:
-    config = json.loads((folder / "config.json").read_text())
+    config = _config(folder)
     given = config.get("dtype") or config.get("torch_dtype")
     return given if given != "auto" else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = jsontext.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return config
 
 
 # --- what is written ------------------------------------------------------------------------------------
@@ -121,13 +133,13 @@ def copy_beside_weights(source: Path, target: Path, dtype: torch.dtype) -> None:
         wanted = path.is_file() and path.suffix in _BESIDE_WEIGHTS and "safetensors" not in path.name
         if wanted and path.name not in ("config.json", *_OF_CHECKPOINTS):
             shutil.copy(path, target / path.name)
-    text = (source / "config.json").read_text()
+    content = (source / "config.json").read_bytes()
     name = str(dtype).removeprefix("torch.")
     if config_dtype(source) not in (None, name):
-        config: dict[str, Any] = json.loads(text)
+        config = _config(source)
         config = {k: name if k in ("dtype", "torch_dtype") else v for k, v in config.items()}
-        text = json.dumps(config, indent=2) + "\n"
-    (target / "config.json").write_text(text)
+        content = (json.dumps(config, indent=2) + "\n").encode()
+    (target / "config.json").write_bytes(content)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_dgpo import platform
 from megatron_dgpo.config import SyncConfig
 from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.progress import progress
 from megatron_dgpo.types import WeightBucket
 from megatron_dgpo.weights.export import export_stream, stage_buckets
 
@@ -100,6 +101,15 @@ class WeightSync:
 
         Raises SyncMismatch on all ranks where the probe's gap is above the bound.
         """
+        with progress(f"sending the weights of version {version}", bar=False):
+            changed = self._send(version)
+        every = self._config.probe_every
+        self._first = False
+        # Servers that are new have never proved that they can take weights.
+        return self._probe(version) if every and (changed or version % every == 0) else None
+
+    def _send(self, version: int) -> bool:
+        """Whether some of the engine's servers take weights for the first time."""
         limit, changed = self._config.bucket_bytes, self._first
         if isinstance(self._engine, TakesStages):
             replaced = self._engine.update_weights_by_stage(
@@ -111,10 +121,7 @@ class WeightSync:
             self._engine.update_weights(stream, version)
             for _ in stream:  # an engine that stops early must not leave the other ranks waiting
                 pass
-        every = self._config.probe_every
-        self._first = False
-        # Servers that are new have never proved that they can take weights.
-        return self._probe(version) if every and (changed or version % every == 0) else None
+        return changed
 
     def recover(self, *, needed: bool) -> bool:
         """Whether any rank needs it: then dead servers are replaced and given the current weights."""

@@ -18,6 +18,7 @@ from reports import Made
 from megatron_dgpo.algorithms.credit import credit_weights
 from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.credit_log import CreditWriter
+from megatron_dgpo.observe.report import html
 from megatron_dgpo.observe.report.build import build
 
 MAIN = "#panes .pane:not(.uniform) "
@@ -368,6 +369,79 @@ def test_numbers_that_differ_by_rounding_alone_have_a_chart(visit: Visit, tmp_pa
     page = visit(tmp_path / "report.html").page
     assert "Learning rate" in page.text_content("body") and "0.01" in page.text_content("body")
     assert page.locator("svg text").count() < 40
+
+
+ASSETS = Path(html.__file__).parent / "assets"
+RANGES = [
+    (0.991, 0.9999), (0.9999999, 1.0), (1 - 2e-9, 1 + 2e-9), (-0.5, -0.4999), (-3.0, 5.0), (0.0, 1.0),
+    (0.0, 1e-4), (0.0, 3e-12), (1e-300, 9e-300), (1e-7, 1.01e-7), (1e6, 1e6 + 4), (123456.0, 123459.0),
+    (2e9, 9e9), (1e12, 1.00000001e12), (-1e300, 1e300), (1.5e308, 1.7e308), (0.0, 0.3), (1e-3, 1.2e-3),
+    (99.5, 100.5), (-1e-5, 2e-5), (40000.0, 90000.0),
+]  # fmt: skip
+"""(low, high) of values."""
+LABELS = """ranges => ranges.map(([low, high]) => {
+  const scale = makeScale(low, high, 0, 100, false, 4);
+  return [scale.ticks, tickLabels(scale.ticks)];
+})"""
+KNOWN = {
+    "[0, 0.5, 1]": ["0", "0.5", "1"],
+    "[0.992, 0.994, 0.996]": ["0.992", "0.994", "0.996"],
+    "[-0.5, -0.49995]": ["−0.5", "−0.49995"],
+    "[0, 2e9, 4e9]": ["0", "2e9", "4e9"],
+    "[1000000, 1000002]": ["1000000", "1000002"],
+    "[-0.00002, 0, 0.00002]": ["−0.00002", "0", "0.00002"],
+    "[1e-7, 1.005e-7]": ["1e−7", "1.005e−7"],
+    "[0.00001, 0.001, 0.1]": ["0.00001", "0.001", "0.1"],
+    "[1e-8, 1e-6, 0.01]": ["1e−8", "1e−6", "1e−2"],
+    "[0.1, 0.2, 0.30000000000000004]": ["0.1", "0.2", "0.3"],
+    "[0]": ["0"],
+}
+
+
+def test_labels_of_ticks_can_be_told_apart(browser: Any) -> None:
+    """Nearly equal values, tiny, huge and negative ranges: each label is right and another one."""
+    page = browser.new_page()
+    for name in ("dom.js", "charts.js"):
+        page.add_script_tag(path=ASSETS / name)
+    for ticks, wanted in KNOWN.items():
+        assert page.evaluate(f"tickLabels({ticks})") == wanted, ticks
+    for (low, high), (ticks, labels) in zip(RANGES, page.evaluate(LABELS, RANGES), strict=True):
+        step = min(b - a for a, b in zip(ticks, ticks[1:], strict=False))
+        assert len(ticks) > 1, (low, high)
+        assert len(set(labels)) == len(ticks), (low, high, labels)
+        for tick, label in zip(ticks, labels, strict=True):
+            assert abs(parse(label) - tick) <= 1e-3 * step, (low, high, labels)
+        most = 7 if 1e-4 <= max(abs(low), abs(high)) < 1e6 and high - low > 0.01 * abs(high) else 18
+        assert max(map(len, labels)) <= most, (low, high, labels)
+    page.close()
+
+
+def test_axes_of_charts(visit: Visit, tmp_path: Path) -> None:
+    """Values within a percent of each other, constants, logarithms: no two ticks have the same label."""
+    series = {
+        "reward": [0.991, 0.9999, 0.9951],
+        "credit_effective_fraction": [0.99999998, 0.99999999, 0.99999998],
+        "credit_weight_max": [1.0, 1.0, 1.0],
+        "log_prob_gap": [0.011, 0.6, 0.1],
+        "hellinger_p50": [1e-9, 1e-4, 3e-2],
+        "clip_fraction": [0.0, 0.0, 0.0],
+        "response_length": [-2.0, 3.0, 1.0],
+        "memory/peak_rss_bytes": [2e9, 9e9, 3e9],
+    }
+    rows = [{"step": n, "phase": "train", **{k: v[n] for k, v in series.items()}} for n in range(3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build([tmp_path], tmp_path / "report.html", max_bytes=1_000_000)
+    page = visit(tmp_path / "report.html", height=4000).page
+    page.wait_for_function("document.querySelectorAll('svg.plot text.tick').length > 30")
+    charts = page.eval_on_selector_all(
+        "svg.plot",
+        "plots => plots.map(p => [...p.querySelectorAll('text.tick[text-anchor=end]')]"
+        ".map(t => [t.textContent, t.getBBox().x]))",
+    )
+    assert len(charts) == len(series)
+    for ticks in charts:
+        assert len({text for text, _ in ticks}) == len(ticks) >= 2, ticks
+        assert min(x for _, x in ticks) >= 0, ticks
 
 
 def test_runs_without_steps_or_samples(visit: Visit, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from tiny import SPLITS, config, sequences, split, write_model
 from megatron_dgpo.config import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(
-    lr=1e-2, min_lr=1e-4, warmup_steps=2, decay_style="cosine", clip_grad=0.5, adam_eps=1e-3
+    lr=1e-2, min_lr=1e-4, warmup_steps=4, decay_style="cosine", clip_grad=0.5, adam_eps=1e-3
 )
-"""Every step has another learning rate. With this eps a difference of d between two gradients moves a
-weight by at most lr d / eps = 10 d, so that resharded runs can be compared (d is about 1e-8)."""
+"""The checkpoint comes in the middle of the warm-up. With this eps a difference of d between two gradients
+moves a weight by at most lr d / eps = 10 d, so that resharded runs can be compared (d is about 1e-8)."""
 SAVED = {  # name -> split, tied, dtype
     "TP=2": ("TP=2", False, "float32"),
     "PP=2 tied": ("PP=2", True, "float32"),
@@ -32,6 +33,8 @@ RESHARDED = [
 ]
 BEFORE, AFTER = 3, 3
 """Updates before and after the checkpoint."""
+RATES = (0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2, 1e-4 + 0.99e-2 * (1 + math.cos(math.pi / 4)) / 2)
+"""Of these updates; the decay goes over the 4 after the warm-up."""
 
 
 def build(folder, name, tied, dtype):
@@ -272,7 +275,9 @@ def test_a_restored_run_continues_bit_for_bit(results, saved):
         assert same(restored["after"], went_on["after"])
         assert result["reference kept"]
         rates = [row[2] for row in result["first"] + restored["rows"]]
-        assert len(set(rates)) == BEFORE + AFTER, "the schedule starts where it was"
+        assert rates == pytest.approx(RATES, rel=1e-12), "the schedule goes on where it was"
+        losses = [row[0] for row in result["first"] + restored["rows"]]
+        assert len(set(losses)) == BEFORE + AFTER, "every update moves the weights, the first one too"
         assert went_on["rows"][-1][0] < 0.95 * result["first"][0][0], "the run learns"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -96,7 +97,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(scope="module")
 def whole(shop: Workshop) -> Launch:
     """The run that nothing interrupts."""
-    return shop.launch("whole").succeed()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DGPO_PROGRESS_SECONDS", "0.02")  # before the first line of progress
+        return shop.launch("whole").succeed()
 
 
 def test_cold_start_learns_and_exports(shop: Workshop) -> None:
@@ -122,6 +125,20 @@ def test_run_folder_holds_what_is_needed_to_trust_it(shop: Workshop, whole: Laun
     assert kept[-1] == "step_00000008" and not [name for name in kept if name.endswith(".partial")]
     for step in range(1, STEPS + 1):
         assert f"step {step}/{STEPS}" in whole.output.replace("step  ", "step ")
+
+
+def test_a_log_shows_how_far_long_work_is(shop: Workshop, whole: Launch) -> None:
+    lines = [line.partition(": ") for line in whole.output.splitlines()]
+    said = {name: text for name, _, text in lines if re.search(r"(^|in )[0-9]+ s\b", text)}
+    for name, counts in {
+        "rollout": r"[0-9]+ of [0-9]+ samples of rank 0 in ",
+        "evaluation at step 4": r"[0-9]+ of [0-9]+ samples of rank 0 in ",
+        "prepare": r"[0-9]+ of [0-9]+ micro-batches in ",
+        "update": r"[0-9]+ of [0-9]+ micro-batches in ",
+        f"saving {shop.folder}/whole/checkpoints/step_00000008": "",
+    }.items():
+        assert re.match(rf"(done, )?{counts}[0-9]+ s", said[name]), (name, said.get(name))
+    assert "\r" not in whole.output
 
 
 def test_advisories_say_that_credit_is_uniform_here(shop: Workshop, whole: Launch) -> None:

@@ -303,6 +303,11 @@ def test_groups_are_handed_out_when_they_are_complete(folder, model) -> None:
     groups = engine.generate(prompts, params, on_group=come.append, on_progress=done.append)
     assert sum(done) == 18 and sorted(map(id, come)) == sorted(map(id, groups))
     assert all(len(g.samples) == 3 and all(s.text for s in g.samples) for g in come)
+    # Those that have ended are counted while the others of their batch go on.
+    one, counts = make_engine(folder, model, max_batch_size=32), []
+    params_of_one = SamplingParams(12, n=16, seed=9, stop_token_ids=(EOS,))
+    one.generate(prompts[:2], params_of_one, on_progress=counts.append)
+    assert sum(counts) == 32 and len([count for count in counts if count]) >= 2
     # 4 samples a batch: asked before each of five batches, the third answer stops it.
     answers = iter([False, False, True])
     stopped = engine.generate(prompts, params, should_stop=lambda: next(answers))

@@ -233,22 +233,6 @@ def test_table_and_silence(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out == "advisory\n"
 
 
-@pytest.mark.parametrize(("quiet", "rank", "shown"), [(False, 0, True), (True, 0, False), (False, 1, False)])
-def test_progress_shows_only_in_long_phases(capsys, monkeypatch, quiet: bool, rank: int, shown: bool) -> None:
-    monkeypatch.setattr("megatron_dgpo.observe.console._DELAY", 0.15)
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    console = Console(quiet, rank)
-    with console.phase("generate", 4) as bar:
-        bar.update(4)
-    assert capsys.readouterr().err == ""
-    with console.phase("generate", 4) as bar:
-        time.sleep(0.25)
-        bar.update(2)
-    error = capsys.readouterr().err
-    assert ("generate" in error and "2/4" in error) == shown
-    assert bool(error) == shown
-
-
 def test_versions(tmp_path: Path) -> None:
     found = json.loads(write_versions(tmp_path / "run").read_text())
     assert found == versions()

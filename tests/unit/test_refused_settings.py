@@ -187,12 +187,12 @@ SETTINGS = {
         world_size=2,
     ),
     "warm-up": Case(
-        ["--train.steps", 2, "--optimizer.warmup_steps", 8],
-        "optimizer.warmup_steps: 8 leaves nothing of 8 optim",
+        ["--train.steps", 2, "--optimizer.warmup_steps", 9],
+        "optimizer.warmup_steps: 9 is more than the run's 8 optimizer steps, ",
     ),
     "sft warm-up": Case(
-        ["--train.steps", 20],
-        "optimizer.warmup_steps: 20 leaves nothing of 20 optimizer steps; use",
+        ["--train.steps", 19],
+        "optimizer.warmup_steps: 20 is more than the run's 19 optimizer steps, ",
         module="sft",
     ),
     "learning rates": Case(["--optimizer.min_lr", 0.5], "optimizer.min_lr: 0.5 is above optimizer.lr 0.0002"),

@@ -66,7 +66,7 @@ def _rows(file: IO[bytes], name: str, offset: int, restart: bool) -> News:
         content = b""
     rows = []
     for line in content[:end].split(b"\n")[:-1]:
-        row = jsonl.strict(jsonl.parse(line))
+        row = jsonl.parse(line)
         if row is not None and isinstance(row.get("step"), int):
             rows.append(row)
         else:

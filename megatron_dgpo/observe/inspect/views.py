@@ -23,8 +23,8 @@ _STREAMS = {"metrics": metrics.FILE, "advisories": advisories.FILE}
 
 
 def encode(answer: Any) -> bytes:
-    """Strict JSON; half of a surrogate pair, which JSON can spell, becomes bytes that decode to U+FFFD."""
-    return jsonl.dump(answer).encode("utf-8", "surrogatepass")
+    """Strict JSON; half of a surrogate pair, which JSON can spell, becomes U+FFFD."""
+    return jsonl.dump(answer).encode()
 
 
 def stamp(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -16,15 +15,15 @@ from typing import Any
 
 import psutil
 
-from megatron_dgpo import platform
+from megatron_dgpo import jsontext, platform
 from megatron_dgpo.config import LaunchConfig
+from megatron_dgpo.progress import progress
 from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
 
 log = logging.getLogger(__name__)
 
 _HOST = "127.0.0.1"
 _POLL_SECONDS = 0.25
-_REPORT_SECONDS = 15.0
 _END_SECONDS = 10.0
 _TAIL_LINES = 15
 _PORT_TRIES = 3
@@ -180,7 +179,11 @@ class ServerProcess:
         Raises ServerFailed, with the end of its log, when it ends or takes longer than `timeout` seconds
         from its start: servers that were started side by side have these seconds in common.
         """
-        started, reported = self._started, time.monotonic()
+        with progress(f"starting SGLang server {self.url} (its log: {self.log_file})", bar=False):
+            self._wait_ready(timeout)
+        self._reserved.close()
+
+    def _wait_ready(self, timeout: float) -> None:
         while not answers(self.url + "/health"):
             now, taken = time.monotonic(), self._port_was_taken()
             if taken and "port" not in self._launch.args and self._tries < _PORT_TRIES:
@@ -191,19 +194,13 @@ class ServerProcess:
             if taken or not self.is_alive():
                 self.stop()
                 raise ServerFailed(self.death())
-            if now - started > timeout:
+            if now - self._started > timeout:
                 self.stop()
                 raise ServerFailed(
                     f"SGLang server {self.url} did not answer in {timeout:g} s "
                     f"(rollout.sglang.launch.startup_timeout_seconds){self._tail()}"
                 )
-            if now - reported > _REPORT_SECONDS:
-                reported = now
-                log.info(
-                    "waiting for SGLang server %s: %.0f s; log: %s", self.url, now - started, self.log_file
-                )
             time.sleep(_POLL_SECONDS)
-        self._reserved.close()
 
     def is_alive(self) -> bool:
         return self._process.poll() is None
@@ -370,7 +367,7 @@ def check_server(url: str, model_path: Path) -> int:
     """
     served = _get(url, "/model_info", "/get_model_info")
     info = _get(url, "/server_info", "/get_server_info")
-    wanted = json.loads((model_path / "config.json").read_text())
+    wanted = jsontext.loads((model_path / "config.json").read_bytes())
     for key in ("model_type", "architectures"):
         if served.get(key) is not None and served[key] != wanted.get(key):
             raise ServerFailed(
@@ -409,7 +406,7 @@ def _get(url: str, *paths: str) -> dict[str, Any]:
     for path in paths:
         try:
             with _OPENER.open(url + path, timeout=30) as response:
-                value = json.load(response)
+                value = jsontext.loads(response.read())
                 return value if isinstance(value, dict) else {}
         except urllib.error.HTTPError as error:
             if error.code != 404:

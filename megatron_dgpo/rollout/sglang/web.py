@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import aiohttp
+
+from megatron_dgpo import jsontext
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Http:
         except (aiohttp.ClientError, OSError) as error:
             raise ServerGone(url, f"{type(error).__name__} {error}") from error
         try:
-            value = json.loads(body) if body else None
+            value = jsontext.loads(body) if body else None
         except ValueError:
             value = None
         if status >= 400 or (isinstance(value, dict) and value.get("success") is False):

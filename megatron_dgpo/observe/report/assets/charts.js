@@ -1,6 +1,8 @@
 // Curves of a run's metrics: small SVG charts with ticks, hover values, evaluations as points, advisories.
 
 const CHART = { height: 190, left: 56, right: 12, top: 14, bottom: 26 };
+const MOST_PLAIN = 7; // Characters of a tick's label before an exponent may replace zeros.
+const LABEL_PIXELS = 6.6; // Of a character of a tick's label, at most.
 
 // [title, [metrics], options]; a chart without any of its metrics is left out.
 const CHARTS = [
@@ -29,10 +31,47 @@ const CHARTS = [
 function niceTicks(low, high, wanted) {
   const rough = (high - low) / wanted || 1;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map((m) => m * power).find((s) => s >= rough);
+  const place = [1, 2, 5, 10].findIndex((m) => m * power >= rough);
+  // A step between whose multiples the range falls but for one is too large.
+  const [few, more] = [place, place - 1].map((at) => multiples([0.5, 1, 2, 5, 10][at + 1] * power, low, high));
+  return few.length > 1 ? few : more;
+}
+
+function multiples(step, low, high) {
   const out = [];
   for (let k = Math.ceil(low / step - 1e-9); k * step <= high + step * 1e-9 && out.length < 50; k++) out.push(k * step);
   return out;
+}
+
+// The power of ten of the last digit that ascending ticks need: that of their distance, or, where these are
+// the powers of a logarithmic axis, of two digits of the smallest.
+function lastDigit(ticks) {
+  const power = (v) => Math.floor(Math.log10(v) + 1e-6);
+  const steps = ticks.slice(1).map((v, place) => v - ticks[place]);
+  const smallest = Math.min(...ticks.filter((v) => v !== 0).map(Math.abs));
+  const step = Math.min(...steps);
+  return smallest < step * 0.999 || !steps.length ? power(smallest) - 1 : power(step);
+}
+
+// Labels of an axis's ticks, all of one notation, with the digits that tell them apart and no more.
+function tickLabels(ticks) {
+  if (ticks.every((v) => v === 0)) return ticks.map(() => "0");
+  const last = lastDigit(ticks);
+  const trimmed = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
+  const plain = (v) => (v === 0 ? "0" : trimmed(v.toFixed(Math.max(0, -last))));
+  const exponential = (v) => {
+    if (v === 0) return "0";
+    const digits = Math.min(15, Math.max(0, Math.floor(Math.log10(Math.abs(v)) + 1e-12) - last));
+    const [mantissa, exponent] = v.toExponential(digits).split("e");
+    return `${trimmed(mantissa)}e${Number(exponent)}`;
+  };
+  const width = (labels) => Math.max(...labels.map((label) => label.replace("-", "").length));
+  let chosen = ticks.map(exponential);
+  if (last > -20 && Math.max(...ticks.map(Math.abs)) < 1e20) {
+    const digits = ticks.map(plain);
+    if (width(digits) <= Math.max(MOST_PLAIN, width(chosen))) chosen = digits;
+  }
+  return chosen.map((label) => label.replace(/-/g, "−"));
 }
 
 // One scale of numbers to pixels: {to(value), ticks}.
@@ -42,7 +81,8 @@ function makeScale(low, high, from, to, log, ticks) {
   const powers = log ? niceTicks(a, b, ticks).filter((p) => Number.isInteger(p)).map((p) => 10 ** p) : null;
   return {
     to: (v) => from + ((map(v) - a) / (b - a || 1)) * (to - from),
-    ticks: powers && powers.length ? powers : log ? [low, high] : niceTicks(low, high, ticks),
+    ticks: powers && powers.length > 1 ? powers : log ? [low, high].map((v) => Number(v.toPrecision(2)))
+      : niceTicks(low, high, ticks),
   };
 }
 
@@ -127,9 +167,11 @@ class Chart {
     const range = high - low > size * 1e-9 ? high - low : size || 1;
     const pad = log ? 0 : range * 0.06;
     const [first, last] = [this.steps[0], this.steps[this.steps.length - 1]];
-    this.x = makeScale(first === last ? first - 1 : first, first === last ? last + 1 : last,
-      CHART.left, width - CHART.right, false, Math.min(7, width / 60));
     this.y = makeScale(low - pad, high + pad, CHART.height - CHART.bottom, CHART.top, log, 4);
+    this.labels = tickLabels(this.y.ticks);
+    this.left = Math.max(CHART.left, 14 + LABEL_PIXELS * Math.max(...this.labels.map((text) => text.length)));
+    this.x = makeScale(first === last ? first - 1 : first, first === last ? last + 1 : last,
+      this.left, width - CHART.right, false, Math.min(7, width / 60));
     this.floor = log ? low : -Infinity;
     this.plot.setAttribute("viewBox", `0 0 ${width} ${CHART.height}`);
     this.cursor = el("svg:g", { class: "cursor" });
@@ -139,11 +181,11 @@ class Chart {
 
   axes(width) {
     const out = [];
-    for (const tick of this.y.ticks) {
+    this.y.ticks.forEach((tick, place) => {
       const y = this.y.to(tick);
-      out.push(el("svg:line", { class: "grid", x1: CHART.left, x2: width - CHART.right, y1: y, y2: y }),
-        el("svg:text", { class: "tick", x: CHART.left - 7, y: y + 4, "text-anchor": "end", text: number(tick, 3) }));
-    }
+      out.push(el("svg:line", { class: "grid", x1: this.left, x2: width - CHART.right, y1: y, y2: y }),
+        el("svg:text", { class: "tick", x: this.left - 7, y: y + 4, "text-anchor": "end", text: this.labels[place] }));
+    });
     for (const tick of this.x.ticks.filter(Number.isInteger)) {
       out.push(el("svg:text", { class: "tick", x: this.x.to(tick), y: CHART.height - 6, "text-anchor": "middle",
         text: String(tick) }));

@@ -20,11 +20,11 @@ function heatScale(mode, panes) {
   }
   if (mode === "advantage") {
     return { shade: (a) => (top ? Math.sign(a) * Math.sqrt(Math.abs(a) / top) : 0), signed: true,
-      ticks: [number(-top, 3), "0", number(top, 3)],
+      ticks: top ? [number(-top, 3), "0", number(top, 3)] : ["0"],
       note: top ? "advantage × weight, square-root scale" : "the advantage is 0: this response trains nothing" };
   }
   return { shade: (v) => (top ? Math.sqrt(Math.max(v, 0) / top) : 0), signed: false,
-    ticks: ["0", number(top, 3)], note: `${mode === "entropy" ? "nats, " : ""}square-root scale` };
+    ticks: top ? ["0", number(top, 3)] : ["0"], note: `${mode === "entropy" ? "nats, " : ""}square-root scale` };
 }
 
 // What was trained with: the recorded weights, or the formula's where these are the same.
