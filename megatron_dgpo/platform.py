@@ -2,7 +2,7 @@
 
 On GPUs nothing is patched. Without one, or with `parallel.device = "cpu"`, Megatron-Core runs on CPU tensors
 and gloo: it asks for "the current CUDA device" in many places, and the shim below answers "the CPU". The
-arithmetic is untouched.
+arithmetic is untouched. The patches fit megatron-core from OLDEST_MEGATRON to BELOW_MEGATRON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -46,6 +46,11 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
 _shim: _CudaMeansCpu | None = None
+_rank_pid: int | None = None
+"""The process that `start` was last called in."""
+
+OLDEST_MEGATRON, BELOW_MEGATRON = "0.16.1", "0.20"
+"""Versions of megatron-core that are supported, the second excluded, as in pyproject.toml."""
 
 
 def use_device(kind: str, ranks: int, key: str = "parallel.device") -> None:
@@ -161,6 +166,18 @@ sys.meta_path.insert(0, _MegatronFinder())
 # --- Megatron-Core on CPU -------------------------------------------------------------------------
 
 
+def check_megatron(found: str) -> None:
+    """Raises RuntimeError where this version of megatron-core is older than the oldest that is supported, and
+    logs a warning where it is newer than all that are."""
+    from packaging.version import Version
+
+    supported = f"megatron-core {OLDEST_MEGATRON} or later, below {BELOW_MEGATRON}"
+    if Version(found) < Version(OLDEST_MEGATRON):
+        raise RuntimeError(f"megatron-core {found} is too old: megatron_dgpo needs {supported}")
+    if Version(found).release >= Version(BELOW_MEGATRON).release:
+        log.warning("megatron-core %s has not been tested: megatron_dgpo supports %s", found, supported)
+
+
 class _CudaMeansCpu(TorchFunctionMode):
     """Sends every factory call or move that names a CUDA device to the CPU."""
 
@@ -171,6 +188,16 @@ class _CudaMeansCpu(TorchFunctionMode):
             ):
                 kwargs = {**kwargs, "device": _CPU}
         return func(*args, **(kwargs or {}))
+
+
+class _InOrder:
+    """Stands for every CUDA stream: the CPU does what it is given in order, so nothing waits."""
+
+    def wait_stream(self, stream: Any) -> None: ...
+
+    def wait_event(self, event: Any) -> None: ...
+
+    def synchronize(self) -> None: ...
 
 
 def _tensor_type(original: Any) -> Any:
@@ -208,6 +235,10 @@ def run_megatron_on_cpu() -> None:
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *a, **k: None
+    in_order = _InOrder()
+    torch.cuda.current_stream = lambda *a, **k: in_order  # type: ignore[assignment,return-value]
+    torch.cuda.default_stream = lambda *a, **k: in_order  # type: ignore[assignment,return-value]
+    torch.cuda.stream = lambda stream: nullcontext()  # type: ignore[assignment,return-value]
     torch.cuda.get_rng_state = lambda *a, **k: torch.get_rng_state()
     torch.cuda.set_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
     torch.cuda.manual_seed = lambda seed: torch.manual_seed(seed)  # type: ignore[assignment]
@@ -234,8 +265,9 @@ def _write_checkpoints_without_a_manager() -> None:
 
 
 def _end_checkpoint_writers_with_their_rank() -> None:
-    """Megatron forks processes that write files. One whose rank is killed would wait for ever to be asked
-    for its result, holding a copy of the rank's memory."""
+    """Before 0.17 Megatron forks processes that write files. One whose rank is killed would wait for ever to
+    be asked for its result, holding a copy of the rank's memory. Later versions write in the rank itself and
+    its threads, where a signal meant for a writer would be the rank's own."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     writer = filesystem_async.FileSystemWriterAsync
@@ -244,15 +276,21 @@ def _end_checkpoint_writers_with_their_rank() -> None:
         return
 
     @functools.wraps(original)
-    def write(*args: Any, **kwargs: Any) -> None:
-        _signal_when_parent_ends(signal.SIGKILL)
-        parent = multiprocessing.parent_process()
-        if parent is not None and os.getppid() != parent.pid:  # it ended before that
-            os._exit(1)
-        original(*args, **kwargs)
+    def write(*args: Any, **kwargs: Any) -> Any:
+        if os.getpid() != _rank_pid:
+            _end_with_parent()
+        return original(*args, **kwargs)
 
     write.ends_with_rank = True  # type: ignore[attr-defined]
     writer.write_preloaded_data = staticmethod(write)
+
+
+def _end_with_parent() -> None:
+    """Of a process that was forked: end when its parent does, at once where it has already."""
+    _signal_when_parent_ends(signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        os._exit(1)
 
 
 @contextmanager
@@ -348,10 +386,15 @@ def start(parallel: Any, seed: int) -> Groups:
 
     `parallel` has `device`, `tensor_model_parallel_size`, `pipeline_model_parallel_size`,
     `context_parallel_size` and `timeout_seconds`; rank and world size come from torchrun's
-    environment (one process without it). Raises what `use_device` raises.
+    environment (one process without it). Raises what `use_device` and `check_megatron` raise.
     """
+    global _rank_pid
+    _rank_pid = os.getpid()
     end_with_launcher()
     use_device(parallel.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    import megatron.core
+
+    check_megatron(megatron.core.__version__)
     run_megatron_on_cpu()
     _write_checkpoints_without_a_manager()
     _end_checkpoint_writers_with_their_rank()

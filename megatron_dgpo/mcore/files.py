@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig, save_config
@@ -53,6 +54,8 @@ as where the vocabulary ends and its padding begins, or the angles of rotary emb
 FILES_FILE = "files.json"
 """Size and checksum of the others: torch loads changed numbers without a word."""
 _INDEX = ".metadata"
+_COMMON_STATE = "common_state/"
+"""megatron-core 0.19 and later keep under this key what earlier versions keep in COMMON_STATE_FNAME."""
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -78,7 +81,13 @@ def check_shape(folder: Path, shape: ModelShape) -> None:
         kept = (load_content_metadata(str(folder)) or {}).get(_SHAPE, {})
     except Exception as error:  # of an unpickler fed with anything
         file = folder / COMMON_STATE_FNAME
-        raise ValueError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+        problem = f"{file} cannot be read ({type(error).__name__}: {error})"
+        if not file.exists() and any(k.startswith(_COMMON_STATE) for k in CheckpointReader(folder).keys()):
+            problem = (
+                f"{folder}: saved by megatron-core 0.19 or later, which keeps there what megatron-core "
+                f"{megatron.core.__version__} reads from {COMMON_STATE_FNAME}; upgrade megatron-core"
+            )
+        raise ValueError(problem) from error
     if wrong := shape.differences(kept):
         raise ValueError(f"{folder}: {'; '.join(wrong)}")
 
@@ -248,6 +257,10 @@ class CheckpointReader:
             for key, stored in self._index.state_dict_metadata.items()
             if isinstance(stored, TensorStorageMetadata)
         }
+
+    def keys(self) -> list[str]:
+        """Of everything in it, tensors and other things."""
+        return list(self._index.state_dict_metadata)
 
     def is_complete(self, key: str) -> bool:
         """Whether the blocks that were saved make up the whole tensor."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,7 +122,20 @@ def two_ranks(rank, world_size, folder):
     return results
 
 
+def parent_death_signal(new=None):
+    """The signal that this process gets when its parent ends, after it has been set to `new`."""
+    PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
+    prctl = ctypes.CDLL(None).prctl
+    if new is not None:
+        prctl(PR_SET_PDEATHSIG, int(new))
+    found = ctypes.c_int()
+    prctl(PR_GET_PDEATHSIG, ctypes.byref(found))
+    return found.value
+
+
 def one_rank(rank, world_size, folder):
+    if sys.platform == "linux":
+        parent_death_signal(signal.SIGTERM)  # as a rank of torchrun has it
     results = {pair: load_elsewhere(folder, *pair) for pair in RESHARDED if pair[1] == "TP=1"}
     c, make = build(folder, "TP=1", True, "float32")
     with split(c) as groups:
@@ -127,6 +143,8 @@ def one_rank(rank, world_size, folder):
         results["kept"] = what_is_kept(folder / "kept", policy, groups)
         results["another model"] = another_model(folder / "another", policy, groups)
         results["damaged"] = {how: damaged(folder / how, policy, groups, how) for how in DAMAGE}
+    if sys.platform == "linux":
+        results["signal"] = parent_death_signal()
     return results
 
 
@@ -311,6 +329,12 @@ def test_a_failed_save_removes_nothing(results):
     assert kept["after failure"] == [2, 4, 5]
     assert kept["leftover"] == ["step_00000006.partial"]
     assert kept["reopened"] == [2, 4, 5] and kept["leftover when reopened"] == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_save_does_not_change_how_a_rank_ends_with_torchrun(results):
+    """Whoever writes the files, the rank still gets SIGTERM then, and time to save."""
+    assert results["signal"] == [signal.SIGTERM]
 
 
 def test_copies_that_a_user_made_are_neither_read_nor_removed(results):

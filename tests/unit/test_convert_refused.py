@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from converting import GONE, config, cut, edit, index, refusal, same_tensors, write_folder
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from megatron_dgpo.mcore.files import METADATA, content_metadata, digests, write_checkpoint, write_digests
 from megatron_dgpo.weights.checkpoints import (
@@ -221,6 +223,19 @@ def earlier(folder: Path) -> None:
     """Make it a checkpoint of a version that did not keep the shape."""
     torch.save({"content_metadata": METADATA}, folder / "common.pt")
     write_digests(folder, digests(folder))
+
+
+def test_a_checkpoint_of_a_later_megatron_says_so(originals, tmp_path):
+    """From 0.19 on there is no common.pt; versions before that cannot load the checkpoint."""
+    shutil.copytree(originals / "imported", tmp_path / "source")
+    (tmp_path / "source" / "common.pt").unlink()
+    index = tmp_path / "source" / ".metadata"
+    metadata = pickle.loads(index.read_bytes())
+    metadata.state_dict_metadata["common_state/shard_0_1"] = BytesStorageMetadata()
+    index.write_bytes(pickle.dumps(metadata))
+    write_digests(tmp_path / "source", digests(tmp_path / "source"))
+    with pytest.raises(ValueError, match=r"source: saved by megatron-core 0\.19 or later, .*; upgrade "):
+        open_checkpoint(tmp_path / "source")
 
 
 EARLIER = {
