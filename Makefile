@@ -3,11 +3,13 @@
 # make test-gpu     those of tests/gpu, on a GPU
 # make install      what all of these need (make -j2 install: both environments at once)
 # make sglang       SGLang in an environment of its own, without a GPU
+# make test-mcore   the tests of training and checkpoints on another megatron-core (MCORE=0.19.2), on the same Python
 # make lint         ruff and mypy
 # make bench        step time against TRL
 #
-# PYTHON    interpreter that makes .venv (3.11 or newer)
+# PYTHON    interpreter that makes .venv (3.11 to 3.13)
 # PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
+# MCORE     version of megatron-core that test-mcore takes
 # ENGINE    of the quick start: embedded (default), or sglang for real servers
 # DEVICE    of the quick start: cpu (default), or cuda, which takes the GPUs that are there
 
@@ -15,6 +17,7 @@ PYTHON ?= python3
 PIP_ARGS ?=
 ENGINE ?= embedded
 DEVICE ?= cpu
+MCORE ?= 0.19.2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -24,8 +27,11 @@ SGLANG_STAMP := $(SGLANG)/.installed
 PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
+MCORE_FOLDER := .mcore/$(MCORE)
+MCORE_TESTS := tests/unit/test_versions.py tests/distributed/test_platform.py tests/distributed/test_checkpoint.py \
+	tests/distributed/test_killed.py::test_killed_while_a_run_saves_the_checkpoint_before_loads
 
-.PHONY: quickstart test test-gpu lint bench install sglang
+.PHONY: quickstart test test-gpu test-mcore lint bench install sglang
 
 quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(RUN) QUICKSTART_ENGINE=$(ENGINE) QUICKSTART_DEVICE=$(DEVICE) bash examples/quickstart/run.sh
@@ -35,6 +41,9 @@ test: $(STAMP) $(SGLANG_STAMP)
 
 test-gpu: $(STAMP)
 	$(RUN) DGPO_TEST_GPU=1 pytest tests/gpu
+
+test-mcore: $(STAMP) $(MCORE_FOLDER)/.installed
+	$(RUN) PYTHONPATH="$(CURDIR)/$(MCORE_FOLDER)" MEGATRON_CORE_VERSION=$(MCORE) pytest $(MCORE_TESTS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(RUN) ruff check .
@@ -50,7 +59,16 @@ sglang: $(SGLANG_STAMP)
 
 $(SGLANG_STAMP): requirements-sglang-cpu.txt
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
+	# torch with what it needs: a build for CUDA does not start without CUDA's libraries.
+	$(SGLANG)/bin/pip install --quiet --constraint $< $(PIP_ARGS) torch torchvision
 	$(SGLANG)/bin/pip install --quiet --no-deps $(PIP_ARGS) -r requirements-sglang-cpu.txt
+	touch $@
+
+# The wheel is for Python 3.12 and later; what is used of it here is pure Python, and runs on 3.11 too.
+$(MCORE_FOLDER)/.installed: $(STAMP)
+	rm -rf $(MCORE_FOLDER)
+	$(BIN)/pip install --quiet --no-deps --no-compile --python-version 3.12 --ignore-requires-python --only-binary=:all: \
+		--target $(MCORE_FOLDER) $(PIP_ARGS) megatron-core==$(MCORE)
 	touch $@
 
 $(STAMP): requirements-cpu.txt setup.py pyproject.toml megatron_dgpo/data/_packing.cpp

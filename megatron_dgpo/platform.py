@@ -41,10 +41,23 @@ _CPU = torch.device("cpu")
 for _message in (
     ".*(Transformer Engine|Apex).*not installed",
     "full scope is deprecated",
+    "MimoModelConfig is experimental",
     r"The \.grad attribute of a Tensor that is not a leaf",
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to",
 ):
     warnings.filterwarnings("ignore", message=_message)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+# Its advice to those who call it, once for each model, layout and save: nothing that a user could follow.
+for _logger, _message in (
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("distributed.distributed_data_parallel", "DistributedDataParallel: full_param_layout not provided"),
+    ("dist_checkpointing.strategies.common", "load_common is deprecated"),
+    ("dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+):
+    logging.getLogger(f"megatron.core.{_logger}").addFilter(
+        lambda record, advice=_message: not record.getMessage().startswith(advice)  # type: ignore[misc]
+    )
 _shim: _CudaMeansCpu | None = None
 _rank_pid: int | None = None
 """The process that `start` was last called in."""

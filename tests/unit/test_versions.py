@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
+import os
 import tomllib
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -31,6 +34,17 @@ def pins(file: str, python: str) -> Iterator[Requirement]:
             pin = Requirement(line)
             if pin.marker is None or pin.marker.evaluate(environment):
                 yield pin
+
+
+def test_the_megatron_that_was_asked_for_is_the_one_that_runs():
+    wanted = os.environ.get("MEGATRON_CORE_VERSION")
+    if wanted is None:
+        pytest.skip("MEGATRON_CORE_VERSION is not set (make test-mcore)")
+    assert metadata.version("megatron-core") == wanted
+    spec = importlib.util.find_spec("megatron.core")
+    assert spec and spec.origin == str(
+        metadata.distribution("megatron-core").locate_file("megatron/core/__init__.py")
+    )
 
 
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.19.2", "0.19.7", "0.20.0", "0.20.0rc1", "1.0"])
