@@ -23,7 +23,8 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_dgpo.data.problems import Problem, final, read_problems
-from megatron_dgpo.data.rows import Renderer, encode
+from megatron_dgpo.data.rows import Renderer
+from megatron_dgpo.data.tokenizer import encode, load_tokenizer
 
 QUANTILES = (("shortest", 0.0), ("median", 0.5), ("95%", 0.95), ("99%", 0.99), ("longest", 1.0))
 
@@ -97,9 +98,7 @@ def lengths(options: argparse.Namespace, problems: Sequence[Problem]) -> list[in
     """Of the prompts: tokens where there is a tokenizer, else characters."""
     if options.tokenizer is None:
         return [sum(len(message["content"]) for message in problem.messages) for problem in problems]
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     template = not options.no_chat_template
     render = Renderer(tokenizer, template)
     texts = [render(problem.messages, problem.at) for problem in tqdm(problems, desc="render", unit="row")]
