@@ -47,7 +47,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import."""
-PURE = {"types", "config", "checks", "plan", "cli", "weights.names", "mcore.fields", "mcore.hf_config"}
+PURE = {"types", "config", "checks", "plan", "cli", "weights.names"}
+PURE |= {"mcore.fields", "mcore.hf_config", "mcore.hf_fields"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")
