@@ -59,6 +59,7 @@ def load_supervised_data(config: SFTConfig) -> SupervisedData:
     _warn_of_model(config)
     tokenizer = load_tokenizer(config)
     stop_ids = load_stop_ids(config, tokenizer)
+    log.info("%s", _stop_note(tokenizer, stop_ids))
     return SupervisedData(
         load_examples(config, tokenizer, stop_ids), load_heldout(config, tokenizer), stop_ids
     )
