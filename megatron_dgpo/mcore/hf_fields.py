@@ -26,6 +26,7 @@ KNOWN_TO_ENGINES = {
 
 _RUNTIME = re.compile(r"(^|_)flash_att|_implementation$")
 _TOKENS = re.compile(r"(^|_)token(_ids?|_index)?$")
+_ALWAYS = re.compile(r"bias|norm")
 _GENERATION = frozenset(
     {"encoder_no_repeat_ngram_size", "encoder_repetition_penalty", "epsilon_cutoff", "num_beam_groups"}
 )
@@ -54,8 +55,9 @@ _WORDS |= {"4bit", "8bit", "bits", "fn", "text", "tie", "value"}
 
 
 def passed_over(name: str, value: Any, family: str) -> bool:
-    """Whether a field that has no counterpart may be passed over; null says that it is not used."""
-    if value is None or name.startswith("_") or name in KNOWN_TO_ENGINES:
+    """Whether a field that has no counterpart may be passed over. Null says that something is not used, which
+    is so here but for biases and norms that some families always have."""
+    if name.startswith("_") or name in KNOWN_TO_ENGINES or (value is None and not _ALWAYS.search(name)):
         return True
     if name in NEVER_IGNORED or looks_like_computation(name):
         return False

@@ -139,6 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"pretraining_tp": 2}, "pretraining_tp 2 is not supported (1 is)"),
     ("qwen3", {"attention_bias": True}, "attention_bias True is not supported"),
     ("qwen2", {"attention_bias": False}, "attention_bias False has no counterpart"),
+    ("qwen2", {"attention_bias": None}, "attention_bias None has no counterpart"),
     ("qwen2", {"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported (0.0 is)"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window True is not supported (false is)"),
     ("qwen2", {"use_mrope": True}, "use_mrope True is not supported"),
