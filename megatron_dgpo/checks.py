@@ -315,6 +315,9 @@ def _model(config: AnyConfig) -> Iterator[str]:
         return
     yield from _split(config, hf)
     yield from _tokenizer(folder, hf["vocab_size"])
+    for token in config.rollout.stop_tokens:
+        if isinstance(token, int) and not 0 <= token < hf["vocab_size"]:
+            yield f"rollout.stop_tokens: {token} is no token id below the model's {hf['vocab_size']}"
     longest = hf["max_position_embeddings"]
     if isinstance(config, Config):
         wanted = config.data.max_prompt_tokens + config.rollout.max_new_tokens
@@ -395,12 +398,29 @@ def _stages(transformer: dict[str, Any], layers: int, pp: int) -> Iterator[str]:
         )
 
 
+TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("tokenizer.model",))
+"""What a folder may hold its tokenizer in; the first that is there counts."""
+
+
+def tokenizer_files(folder: Path) -> tuple[str, ...]:
+    """Those of the folder's tokenizer; none where it has no tokenizer."""
+    complete = (names for names in TOKENIZER_FILES if all((folder / name).is_file() for name in names))
+    return next(complete, ())
+
+
 def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
-    tokenizer = read_json(folder / "tokenizer.json")
+    files = tokenizer_files(folder)
+    if not files:
+        others = " or ".join(" with ".join(names) for names in TOKENIZER_FILES[1:])
+        yield Absent(f"model.path: {folder / 'tokenizer.json'} is not there (nor {others})")
+    if not files or files == ("tokenizer.model",):
+        return  # which ids a tokenizer.model has, its package knows
+    tokenizer = read_json(folder / files[0])
     if isinstance(tokenizer, str):
-        absent = not (folder / "tokenizer.json").exists()
-        yield (Absent if absent else str)(f"model.path: {tokenizer}")
+        yield f"model.path: {tokenizer}"
         return
+    if files[0] == "vocab.json":
+        tokenizer = {"model": {"vocab": tokenizer}}
     highest = max(_token_ids(tokenizer), default=-1)
     if highest >= vocab_size:
         yield (

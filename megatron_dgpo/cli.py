@@ -287,7 +287,8 @@ def _line(problem: Any, schema: type[BaseModel]) -> str:
         return f"{key}.name: {given.get('name')!r} is not one of {names}, or 'package.module:Class'"
     if kind in _EXPECTED:
         return f"{key}: {given!r} is not {_EXPECTED[kind]}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{key}: {given!r}: {message}"
 
 
@@ -344,7 +345,8 @@ def _type_name(annotation: Any) -> str:
         return " | ".join(map(str, typing.get_args(annotation)))
     if typing.get_origin(annotation) is tuple:
         of = typing.get_args(annotation)[0]
-        return "list of tables" if _models_in(of) else f"list of {_type_name(of)}s"
+        kinds = [f"{name}s" for name in _type_name(of).split(" | ")]
+        return "list of tables" if _models_in(of) else f"list of {' or '.join(kinds)}"
     if typing.get_origin(annotation) is dict:
         return "table"
     if typing.get_origin(annotation) is typing.Annotated:

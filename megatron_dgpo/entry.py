@@ -83,6 +83,7 @@ _MAY_CHANGE_KEYS = {
     *("train.steps", "train.max_tokens_per_microbatch", "evaluation.every", "rollout.max_batch_size"),
     *("rollout.engine", "rollout.sglang"),
     *("reward.timeout_seconds", "reward.num_workers", "model.layer_spec", "model.transformer"),
+    "model.ignore_config_fields",
 }
 
 
@@ -123,7 +124,7 @@ def _model_family(config: AnyConfig) -> Iterator[str]:
     if isinstance(hf, str) or (hf.get("model_type") in FAMILIES and missing_number(hf)):
         return  # megatron_dgpo.checks says so
     try:
-        ModelShape.from_hf(hf)
+        ModelShape.from_hf(hf, config.model.ignore_config_fields)
     except (ValueError, KeyError) as error:
         yield f"model.path: {config.model.path}: {error}"
 

@@ -5,20 +5,25 @@ What cannot be read is told by file and row. Needs transformers, and neither Meg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.checks import AnyConfig
+from megatron_dgpo.checks import AnyConfig, tokenizer_files
 from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.config import RESERVED_POSITIONS, Config, SFTConfig, SFTDataConfig
 from megatron_dgpo.config.sources import HubDataset, parse_source
 from megatron_dgpo.data import SupervisedExample, deduplicate, load_prompts, load_supervised
+from megatron_dgpo.data import tokenizer as tokenizers
 from megatron_dgpo.data.problems import read_problems
 from megatron_dgpo.data.sources import read_rows
-from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.mcore.hf_config import ModelShape, remarks
 from megatron_dgpo.types import Prompt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,33 +47,64 @@ class SupervisedData:
 
 def load_data(config: Config) -> Data:
     """Raises ValueError or OSError, naming file and row, for what cannot be read."""
+    _warn_of_model(config)
     tokenizer = load_tokenizer(config)
-    return Data(
-        load_train(config, tokenizer),
-        load_heldout(config, tokenizer),
-        (tokenizer.eos_token_id,),
-        tokenizer,
-    )
+    stop_ids = load_stop_ids(config, tokenizer)
+    log.info("%s", _stop_note(tokenizer, stop_ids))
+    return Data(load_train(config, tokenizer), load_heldout(config, tokenizer), stop_ids, tokenizer)
 
 
 def load_supervised_data(config: SFTConfig) -> SupervisedData:
     """Raises ValueError or OSError, naming file and row, for what cannot be read."""
+    _warn_of_model(config)
     tokenizer = load_tokenizer(config)
+    stop_ids = load_stop_ids(config, tokenizer)
+    log.info("%s", _stop_note(tokenizer, stop_ids))
     return SupervisedData(
-        load_examples(config, tokenizer), load_heldout(config, tokenizer), (tokenizer.eos_token_id,)
+        load_examples(config, tokenizer, stop_ids), load_heldout(config, tokenizer), stop_ids
     )
 
 
 def load_tokenizer(config: AnyConfig) -> Any:
-    """The model folder's tokenizer. Raises ValueError where it cannot end a response."""
-    from transformers import AutoTokenizer  # imports torch, which a dry run without data does not need
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
-    if tokenizer.eos_token_id is None:
+    """The model folder's tokenizer. Raises ValueError where it cannot be loaded, or where it has ids that the
+    model has not and that `checks` could not see."""
+    try:
+        tokenizer = tokenizers.load_tokenizer(config.model.path)
+    except ValueError as error:
+        raise ValueError(f"model.path: {error}") from error
+    highest, size = max(tokenizer.get_vocab().values(), default=-1), ModelShape.of(config.model).vocab_size
+    if highest >= size and tokenizer_files(config.model.path) == ("tokenizer.model",):
         raise ValueError(
-            f"model.path: the tokenizer of {config.model.path} has no eos_token, which ends a response"
+            f"model.path: the tokenizer's ids go up to {highest}, but config.json has vocab_size {size}; "
+            f"it must be at least {highest + 1}"
         )
     return tokenizer
+
+
+def load_stop_ids(config: AnyConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The token ids that end a response (see `data.tokenizer.stop_token_ids`). Raises ValueError for a
+    setting or file that names no token, or where nothing ends a response."""
+    folder, size = config.model.path, ModelShape.of(config.model).vocab_size
+    ids = tokenizers.stop_token_ids(folder, tokenizer, config.rollout.stop_tokens, vocab_size=size)
+    if not ids:
+        raise ValueError(
+            f"model.path: the tokenizer of {folder} has no eos_token, which ends a response; nor do "
+            "generation_config.json, config.json and rollout.stop_tokens name one"
+        )
+    return ids
+
+
+def _stop_note(tokenizer: Any, stop_ids: Sequence[int]) -> str:
+    """What ends a response, for people."""
+    tokens = zip(stop_ids, tokenizer.convert_ids_to_tokens(stop_ids), strict=True)
+    return "rollout: a response ends with " + " or ".join(f"{token!r} ({i})" for i, token in tokens)
+
+
+def _warn_of_model(config: AnyConfig) -> None:
+    """Say on one rank which fields of config.json are passed over."""
+    if os.environ.get("RANK", "0") == "0":
+        for line in remarks(config.model.path, config.model.ignore_config_fields):
+            log.warning("%s", line)
 
 
 def load_train(config: Config, tokenizer: Any) -> list[Prompt]:
@@ -91,7 +127,7 @@ def load_train(config: Config, tokenizer: Any) -> list[Prompt]:
     return prompts
 
 
-def load_examples(config: SFTConfig, tokenizer: Any) -> list[SupervisedExample]:
+def load_examples(config: SFTConfig, tokenizer: Any, stop_ids: Sequence[int]) -> list[SupervisedExample]:
     """The same for a supervised run."""
     examples = load_supervised(
         config.data.train,
@@ -101,6 +137,7 @@ def load_examples(config: SFTConfig, tokenizer: Any) -> list[SupervisedExample]:
         apply_chat_template=config.data.apply_chat_template,
         max_tokens=config.data.max_tokens,
         system_prompt=config.data.system_prompt,
+        stop_ids=stop_ids,
     )
     require_prompts("train.batch_size", config.train.batch_size, len(examples))
     return examples
@@ -121,7 +158,7 @@ def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
         )
     )
     prompts = prompts[: config.evaluation.max_problems or None]
-    limit = ModelShape.from_folder(config.model.path).max_positions
+    limit = ModelShape.of(config.model).max_positions
     if isinstance(config, Config) and config.rollout.engine == "sglang":
         limit -= RESERVED_POSITIONS
     for prompt in prompts:
@@ -136,7 +173,9 @@ def load_heldout(config: AnyConfig, tokenizer: Any) -> list[Prompt]:
 def data_there(config: AnyConfig) -> Iterator[str]:
     """What a dry run finds in the data: all that a run reads where all of it is there, and the tokenizer;
     otherwise the rows of the files that are."""
-    tokenizer = None
+    for line in remarks(config.model.path, config.model.ignore_config_fields):
+        yield f"model.path: {line}"
+    tokenizer, stop_ids = None, tuple[int, ...]()
     for key, sources in (("data.train", config.data.train), ("evaluation.data", config.evaluation.data)):
         parsed = [parse_source(text) for text in sources]
         files = [source for source in parsed if isinstance(source, Path) and source.is_file()]
@@ -146,17 +185,19 @@ def data_there(config: AnyConfig) -> Iterator[str]:
         yield from (f"{key}: {s} is not looked at by a dry run" for s in parsed if isinstance(s, HubDataset))
         if not files or len(files) < len(parsed):
             continue
-        if not (config.model.path / "tokenizer.json").is_file():
+        if not tokenizer_files(config.model.path):
             yield f"{key}: how long they are in tokens is not known without the tokenizer"
             continue
         if tokenizer is None:
             tokenizer = load_tokenizer(config)
+            stop_ids = load_stop_ids(config, tokenizer)
+            yield _stop_note(tokenizer, stop_ids)
         if key == "evaluation.data":
             what, lengths = "problems", [len(p.token_ids) for p in load_heldout(config, tokenizer)]
         elif isinstance(config, Config):
             what, lengths = "prompts", [len(p.token_ids) for p in load_train(config, tokenizer)]
         else:
-            what, lengths = "examples", [e.num_tokens for e in load_examples(config, tokenizer)]
+            what, lengths = "examples", [e.num_tokens for e in load_examples(config, tokenizer, stop_ids)]
         mean = sum(lengths) / len(lengths)
         yield (
             f"{key}: {len(lengths):,} {what} that are used, of {min(lengths):,} to {max(lengths):,} tokens, "

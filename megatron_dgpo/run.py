@@ -22,6 +22,7 @@ from megatron_dgpo.cli import dump_toml
 from megatron_dgpo.config import Config
 from megatron_dgpo.config.algorithms import PPOConfig
 from megatron_dgpo.critic import Critic
+from megatron_dgpo.data.tokenizer import load_tokenizer
 from megatron_dgpo.evaluation.metrics import summarize
 from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
 from megatron_dgpo.mcore.model import ModelShape, build_model
@@ -156,7 +157,7 @@ def build_policy(
     config: AnyConfig, groups: platform.Groups, *, total_updates: int, keep_reference: bool
 ) -> Policy:
     """The model with its start weights, wrapped for training. The reference is the start policy."""
-    shape = ModelShape.from_folder(config.model.path)
+    shape = ModelShape.of(config.model)
     model = build_model(
         shape,
         config.parallel,
@@ -185,8 +186,9 @@ def build_critic(config: Config, groups: platform.Groups, *, total_updates: int)
     algorithm = config.algorithm
     if not isinstance(algorithm, PPOConfig):
         raise ValueError(f"algorithm.name: {algorithm.name}: a value model takes its settings from 'ppo'")
+    shape = ModelShape.of(config.model)
     model = build_model(
-        ModelShape.from_folder(config.model.path),
+        shape,
         config.parallel,
         groups,
         params_dtype=DTYPES[config.model.params_dtype],
@@ -195,11 +197,10 @@ def build_critic(config: Config, groups: platform.Groups, *, total_updates: int)
         kind=ValueModel,
     )
     if config.model.init == "random":
-        convert.load_trunk(
-            model, groups, config.model.path, *convert.random_source(config.model.path, config.run.seed)
-        )
+        source = convert.random_source(config.model.path, config.run.seed)
     else:
-        convert.load_trunk(model, groups, config.model.path, *convert.folder_source(config.model.path))
+        source = convert.folder_source(config.model.path, shape)
+    convert.load_trunk(model, groups, shape, *source)
     optimizer = config.optimizer.model_copy(
         update={"lr": algorithm.critic_lr, "min_lr": min(config.optimizer.min_lr, algorithm.critic_lr)}
     )
@@ -219,13 +220,11 @@ def build_engine(config: AnyConfig, groups: platform.Groups) -> EmbeddedEngine |
 
 
 def _sglang_engine(config: Config, groups: platform.Groups) -> SGLangEngine:
-    from transformers import AutoTokenizer
-
     from megatron_dgpo.rollout.sglang.engine import SGLangEngine  # with aiohttp, for such runs alone
     from megatron_dgpo.rollout.sglang.fleet import Fleet
 
-    c, shape = config.rollout.sglang, ModelShape.from_folder(config.model.path)
-    tokenizer = AutoTokenizer.from_pretrained(config.model.path)
+    c, shape = config.rollout.sglang, ModelShape.of(config.model)
+    tokenizer = load_tokenizer(config.model.path)
     fleet = Fleet(
         c,
         groups,

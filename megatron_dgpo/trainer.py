@@ -49,7 +49,7 @@ class Trainer:
         self.cursor = PromptCursor(
             len(self.prompts), config.prompts_per_draw, seed=config.run.seed, shuffle=config.data.shuffle
         )
-        vocab_size = ModelShape.from_folder(config.model.path).vocab_size
+        vocab_size = ModelShape.of(config.model).vocab_size
         self.algorithm = build_algorithm(
             config.algorithm, vocab_size=vocab_size, max_response_tokens=config.rollout.max_new_tokens
         )

@@ -57,6 +57,7 @@ class Sample:
     """Which weights drew which tokens: spans end to end over token_ids. More than one where weights
     changed while the response was being drawn."""
     text: str = ""
+    """Of the response without the token that stopped it and without special tokens."""
     reward: float | None = None
     """None until scored, and where the reward *failed* (which is not the same as a wrong answer)."""
     reward_parts: dict[str, float] = field(default_factory=dict)

@@ -24,14 +24,13 @@ TOKENS_PER_MICROBATCH = 4096
 
 
 def megatron_log_probs(
-    checkpoint: Path, model_folder: Path, parallel: ParallelConfig, dtype: torch.dtype, sequences: list[Ids]
+    checkpoint: Path, shape: ModelShape, parallel: ParallelConfig, dtype: torch.dtype, sequences: list[Ids]
 ) -> list[list[float]]:
     """Of every token but the first of each sequence. Runs on each rank of the split; all have the result.
 
     Raises what `load_weights` raises.
     """
     groups = platform.start(parallel, seed=1)
-    shape = ModelShape.from_folder(model_folder)
     model = build_model(shape, parallel, groups, params_dtype=dtype)
     load_weights(model, groups, checkpoint)
     items = [PackItem(ids[:1], ids[1:]) for ids in sequences]

@@ -9,7 +9,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from split_ranks import RankFailed, run_ranks
 from megatron_dgpo import jsontext, platform
 from megatron_dgpo.cli import ConfigError, refusals
 from megatron_dgpo.config import ParallelConfig
-from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.data.tokenizer import load_tokenizer
+from megatron_dgpo.mcore.hf_config import ModelShape, remarks
 from megatron_dgpo.progress import BYTES, progress
 from megatron_dgpo.weights.checkpoints import HFFolder, MegatronFolder, import_hf, open_checkpoint
 from megatron_dgpo.weights.convert import export_hf
@@ -31,6 +32,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEFAULT_SEQUENCES, DEFAULT_LENGTH = 4, 64
 """Random token ids that verify takes where no prompts are given."""
 VERIFY_LIMIT_SECONDS = 3600.0
+
+
+def warn(folder: Path, ignored: Sequence[str]) -> None:
+    """Of the fields of config.json that are passed over."""
+    for line in remarks(folder, ignored):
+        print(f"warning: {line}", file=sys.stderr)
 
 
 @contextmanager
@@ -52,7 +59,8 @@ def describe(model: HFFolder | MegatronFolder) -> str:
 def import_(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
-        model = HFFolder(options.source)
+        model = HFFolder(options.source, options.ignore_config_fields)
+        warn(model.folder, options.ignore_config_fields)
         with progress("import", model.num_bytes, BYTES) as bar:
             import_hf(model, options.target, overwrite=options.overwrite, on_bytes=bar.update)
     print(f"imported {describe(model)}: {options.target}")
@@ -62,7 +70,8 @@ def import_(options: argparse.Namespace) -> int:
 def export(options: argparse.Namespace) -> int:
     with refused():
         check_target(options.target, overwrite=options.overwrite)
-        model = open_checkpoint(options.source, options.model)
+        model = open_checkpoint(options.source, options.model, options.ignore_config_fields)
+        warn(model.beside, model.ignored)
         with progress("export", model.num_bytes, BYTES) as bar:
             export_hf(
                 model,
@@ -81,14 +90,14 @@ def export(options: argparse.Namespace) -> int:
 def verify(options: argparse.Namespace) -> int:
     with refused():
         parallel = split(options)
-        source = HFFolder(options.source)
-        checkpoint = open_checkpoint(options.checkpoint, options.model)
+        source = HFFolder(options.source, options.ignore_config_fields)
+        checkpoint = open_checkpoint(options.checkpoint, options.model, options.ignore_config_fields)
         check_split(checkpoint.shape, parallel)
         if source.shape.vocab_size != checkpoint.shape.vocab_size:
             raise ValueError(f"{options.source} and {options.checkpoint} have different vocabularies")
         names, sequences = read_prompts(options.prompts, options.source, source.shape)
     dtype = _DTYPES[options.dtype]
-    arguments = (options.checkpoint, checkpoint.beside, parallel, dtype, sequences)
+    arguments = (options.checkpoint, checkpoint.shape, parallel, dtype, sequences)
     if "RANK" in os.environ:
         found = megatron_log_probs(*arguments)
         rank = int(os.environ["RANK"])
@@ -169,9 +178,7 @@ def token_ids(line: str, folder: Path) -> list[int]:
 
 @functools.cache
 def tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder)
+    return load_tokenizer(folder)
 
 
 def on_own_ranks(parallel: ParallelConfig, arguments: tuple[Any, ...]) -> list[list[float]]:

@@ -53,17 +53,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = commands.add_parser("import", help="Hugging Face to Megatron", allow_abbrev=False)
     add.add_argument("source", type=Path, metavar="HF_FOLDER")
     add.add_argument("target", type=Path)
+    add_ignore(add)
     add.add_argument("--overwrite", action="store_true", help="replace a target that is there")
     add = commands.add_parser("export", help="Megatron to Hugging Face", allow_abbrev=False)
     add.add_argument("source", type=Path, metavar="CHECKPOINT")
     add.add_argument("target", type=Path)
     add.add_argument("--model", type=Path, help="folder with config.json and tokenizer")
+    add_ignore(add)
     add.add_argument("--shard-size", type=size, default=5 * 10**9, help="of a file, such as 5GB (default)")
     add.add_argument("--overwrite", action="store_true", help="replace a target that is there")
     add = commands.add_parser("verify", help="compare log-probs", allow_abbrev=False)
     add.add_argument("source", type=Path, metavar="HF_FOLDER")
     add.add_argument("checkpoint", type=Path)
     add.add_argument("--model", type=Path, help="folder with the checkpoint's config.json")
+    add_ignore(add)
     add.add_argument("--tensor-model-parallel-size", type=int, default=1, metavar="N")
     add.add_argument("--pipeline-model-parallel-size", type=int, default=1, metavar="N")
     add.add_argument("--prompts", type=Path, help="a line each: text, or a JSON list of token ids")
@@ -73,6 +76,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to compute on")
     return parser.parse_args(argv)
+
+
+def add_ignore(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--ignore-config-fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fields of config.json that are unknown here and, as you know, change nothing",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

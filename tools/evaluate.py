@@ -44,6 +44,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=0.7)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument(
+        "--stop-tokens",
+        nargs="+",
+        default=[],
+        metavar="TOKEN",
+        help="ids or texts of one token that end a response beside the end-of-sequence\n"
+        "tokens of the tokenizer, generation_config.json and config.json",
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="to compute on")
     parser.add_argument("--engine", choices=("embedded", "sglang"), default="embedded")
@@ -60,6 +68,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=float,
         default=SGLangConfig().request_timeout_seconds,
         help="a sample that takes longer counts as the loss of its server",
+    )
+    parser.add_argument(
+        "--ignore-config-fields",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fields of config.json that are unknown here and, as you know, change\nnothing; those "
+        "that the run of a checkpoint ignores are ignored anyway",
     )
     parser.add_argument("--sglang-python", type=Path, default=Path(".venv-sglang/bin/python"))
     parser.add_argument("--server-tensor-parallel-size", type=int, default=1)

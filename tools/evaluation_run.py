@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import logging
 import sys
 import tempfile
 from contextlib import closing
@@ -15,19 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import LaunchConfig, ParallelConfig, SGLangConfig, SyncConfig
 from megatron_dgpo.data import load_prompts
 from megatron_dgpo.data.prompts import deduplicate
+from megatron_dgpo.data.tokenizer import load_tokenizer, stop_token_ids
 from megatron_dgpo.evaluation.intervals import bootstrap_interval
 from megatron_dgpo.evaluation.metrics import by_problem, summarize
-from megatron_dgpo.evaluation.records import WEIGHTS, SampleFile
+from megatron_dgpo.evaluation.records import STOPS, WEIGHTS, SampleFile
 from megatron_dgpo.evaluation.scoring import Scoring
 from megatron_dgpo.learner import score_sequences
 from megatron_dgpo.mcore.files import is_checkpoint
-from megatron_dgpo.mcore.hf_config import ModelShape
+from megatron_dgpo.mcore.hf_config import ModelShape, remarks
 from megatron_dgpo.mcore.model import build_model
 from megatron_dgpo.mcore.policy import Frozen
 from megatron_dgpo.observe.console import set_up_logging
@@ -43,12 +44,49 @@ from megatron_dgpo.weights.checkpoints import open_checkpoint
 from megatron_dgpo.weights.fingerprint import fingerprint
 from megatron_dgpo.weights.sync import WeightSync
 
+log = logging.getLogger(__name__)
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
+class Model:
+    """What is evaluated: its folder with config.json and tokenizer, and what is in them."""
+
+    folder: Path
+    shape: ModelShape
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+
+
+def open_model(options: argparse.Namespace) -> Model:
+    """Raises what `open_checkpoint`, `ModelShape` and the tokenizer raise, and ValueError where nothing ends
+    a response or servers cannot load the model."""
+    folder, ignored = options.model, options.ignore_config_fields
+    if is_checkpoint(folder):
+        if options.servers_load:
+            raise ValueError(
+                f"--servers-load: SGLang reads Hugging Face folders, and {folder} is a checkpoint"
+            )
+        opened = open_checkpoint(folder, None, ignored)
+        folder, shape, ignored = opened.beside, opened.shape, opened.ignored
+    else:
+        shape = ModelShape.from_folder(folder, ignored)
+    for line in remarks(folder, ignored):
+        log.warning("%s", line)
+    tokenizer = load_tokenizer(folder)
+    more = [int(token) if token.isdecimal() else token for token in options.stop_tokens]
+    stops = stop_token_ids(folder, tokenizer, more, vocab_size=shape.vocab_size, key="--stop-tokens")
+    if not stops:
+        raise ValueError(
+            f"{folder}: nothing ends a response (the tokenizer has no eos_token; see --stop-tokens)"
+        )
+    return Model(folder, shape, tokenizer, stops)
+
+
+@dataclass(frozen=True)
 class Problems:
-    """What is evaluated."""
+    """What is asked."""
 
     prompts: list[Prompt]
     """Each problem once."""
@@ -56,11 +94,11 @@ class Problems:
     """A file's stem -> ids of the prompts that are its problems. One of two files is drawn once, for both."""
 
 
-def load_problems(options: argparse.Namespace, folder: Path) -> Problems:
+def load_problems(options: argparse.Namespace, model: Model) -> Problems:
     """Raises ValueError for a problem that is too long, or no problem at all."""
     prompts = load_prompts(
         options.data,
-        AutoTokenizer.from_pretrained(folder),
+        model.tokenizer,
         prompt_key=options.prompt_key,
         answer_key=options.answer_key,
         apply_chat_template=not options.no_chat_template,
@@ -72,7 +110,7 @@ def load_problems(options: argparse.Namespace, folder: Path) -> Problems:
     distinct = distinct[: options.max_problems or None]
     if not distinct:
         raise ValueError(f"{options.data[0]}: there are no problems")
-    limit = ModelShape.from_folder(folder).max_positions
+    limit = model.shape.max_positions
     for prompt in distinct:
         if (length := len(prompt.token_ids) + options.max_new_tokens) > limit:
             raise ValueError(
@@ -87,11 +125,13 @@ def load_problems(options: argparse.Namespace, folder: Path) -> Problems:
     return Problems(distinct, {stem: list(of) for stem, of in files.items()})
 
 
-def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+def settings_of(options: argparse.Namespace, model: Model) -> dict[str, Any]:
     """What the samples and their rewards depend on. Raises what `fingerprint` raises."""
     names = ("prompt_key", "answer_key", "system_prompt", "no_chat_template", "temperature", "top_p")
     names += ("max_new_tokens", "seed", "dtype", "k")
     found = {name: getattr(options, name) for name in names}
+    if model.stop_ids != (model.tokenizer.eos_token_id,):
+        found[STOPS] = list(model.stop_ids)
     module, _, function = options.reward.partition(":")
     source = importlib.util.find_spec(module) if function else None
     if source is not None and source.origin is not None and Path(source.origin).is_file():
@@ -102,9 +142,8 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
 
 def draw(
     options: argparse.Namespace,
-    folder: Path,
+    model: Model,
     prompts: list[Prompt],
-    tokenizer: Any,
     scoring: Scoring,
 ) -> None:
     """Draw the groups of `prompts`; `scoring` gets each as it is complete. Raises what the engine raises."""
@@ -114,7 +153,7 @@ def draw(
         top_p=1.0 if options.temperature == 0 else options.top_p,
         n=options.k,
         seed=options.seed,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        stop_token_ids=model.stop_ids,
     )
     failure: Exception | None = None
     with (
@@ -124,7 +163,7 @@ def draw(
     ):
         build = _sglang if options.engine == "sglang" else _embedded
         try:
-            with closing(build(options, folder, groups, tokenizer, Path(logs))) as engine:
+            with closing(build(options, model, groups, Path(logs))) as engine:
                 engine.generate(
                     prompts,
                     params,
@@ -141,24 +180,24 @@ def draw(
 
 
 def _embedded(
-    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
+    options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path
 ) -> EmbeddedEngine:
     dtype = _DTYPES[options.dtype]
-    engine = EmbeddedEngine(folder, dtype=dtype, device=groups.device, max_batch_size=options.batch_size)
+    engine = EmbeddedEngine(
+        model.folder, dtype=dtype, device=groups.device, max_batch_size=options.batch_size
+    )
     if is_checkpoint(options.model):
-        stream = open_checkpoint(options.model).stream()
+        stream = open_checkpoint(options.model, None, options.ignore_config_fields).stream()
     else:
-        names, read = convert.folder_source(folder)
+        names, read = convert.folder_source(model.folder)
         stream = ((name, read(name)) for name in names)
     engine.update_weights(((name, tensor.to(dtype)) for name, tensor in stream), 0)
     return engine
 
 
-def _sglang(
-    options: argparse.Namespace, folder: Path, groups: platform.Groups, tokenizer: Any, logs: Path
-) -> SGLangEngine:
+def _sglang(options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path) -> SGLangEngine:
     """Servers with the weights: broadcast from here and proved by the probe, or their own."""
-    shape, own = ModelShape.from_folder(folder), options.servers_load
+    shape, own = model.shape, options.servers_load
     launch = LaunchConfig(
         python=options.sglang_python,
         tensor_parallel_size=options.server_tensor_parallel_size,
@@ -169,13 +208,13 @@ def _sglang(
         urls=tuple(options.url), launch=launch, request_timeout_seconds=options.request_timeout_seconds
     )
     sync = SyncConfig()
-    fleet = Fleet(config, groups, model_path=folder, dtype=options.dtype, log_folder=logs)
+    fleet = Fleet(config, groups, model_path=model.folder, dtype=options.dtype, log_folder=logs)
     engine = SGLangEngine(
         fleet,
         groups,
         config,
         sync,
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
+        decode=partial(model.tokenizer.decode, skip_special_tokens=True),
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
     )
@@ -209,7 +248,7 @@ class ServersLost(RuntimeError):
 
 def evaluate(
     options: argparse.Namespace,
-    folder: Path,
+    model: Model,
     prompts: list[Prompt],
     reward: Reward,
     settings: dict[str, Any],
@@ -230,10 +269,9 @@ def evaluate(
         if missing:
             if len(missing) < len(prompts):
                 print(f"{len(prompts) - len(missing)} of {len(prompts)} problems are in {file.path} already")
-            tokenizer = AutoTokenizer.from_pretrained(folder)
             try:
                 with Scoring(reward.score, keep) as scoring:
-                    draw(options, folder, missing, tokenizer, scoring)
+                    draw(options, model, missing, scoring)
             except (EnginesLost, FleetLost, WeightUpdateFailed) as error:
                 done = f"{len(kept)} of {len(prompts)} problems are done"
                 then = f"in {options.out}, from which the same command goes on" if options.out else "not kept"
@@ -294,29 +332,18 @@ def report_all(options: argparse.Namespace, problems: Problems, groups: list[Gro
     return {**metrics, "files": files}
 
 
-def folder_of(options: argparse.Namespace) -> Path:
-    """The Hugging Face folder with the model's config.json and tokenizer. Raises ValueError, OSError."""
-    if not is_checkpoint(options.model):
-        return options.model
-    if options.servers_load:
-        raise ValueError(
-            f"--servers-load: SGLang reads Hugging Face folders, and {options.model} is a checkpoint"
-        )
-    return open_checkpoint(options.model).beside
-
-
 def run(options: argparse.Namespace) -> int:
     """The exit status of evaluate.py, whose options these are."""
     set_up_logging(False, 0)
     try:
         platform.use_device(options.device, 1, "--device")
-        folder = folder_of(options)
-        problems = load_problems(options, folder)
+        model = open_model(options)
+        problems = load_problems(options, model)
         workers = options.reward_workers
         reward = build_reward(
             options.reward, timeout_seconds=options.reward_timeout_seconds, num_workers=workers
         )
-        settings = settings_of(options)
+        settings = settings_of(options, model)
     except (ValueError, OSError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -325,7 +352,7 @@ def run(options: argparse.Namespace) -> int:
             if options.regrade:
                 groups = regrade(options, problems.prompts, reward, settings)
             else:
-                groups = evaluate(options, folder, problems.prompts, reward, settings)
+                groups = evaluate(options, model, problems.prompts, reward, settings)
         except (ValueError, ServersLost) as error:
             print(f"error: {error}", file=sys.stderr)
             return 3 if isinstance(error, ServersLost) else 2

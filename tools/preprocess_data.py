@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from megatron_dgpo.data.problems import Problem, final, read_problems
-from megatron_dgpo.data.rows import Renderer, encode
+from megatron_dgpo.data.rows import Renderer
+from megatron_dgpo.data.tokenizer import encode, load_tokenizer
 from megatron_dgpo.observe.console import set_up_logging
 from megatron_dgpo.progress import watched
 
@@ -98,9 +99,7 @@ def lengths(options: argparse.Namespace, problems: Sequence[Problem]) -> list[in
     """Of the prompts: tokens where there is a tokenizer, else characters."""
     if options.tokenizer is None:
         return [sum(len(message["content"]) for message in problem.messages) for problem in problems]
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
     template = not options.no_chat_template
     render = Renderer(tokenizer, template)
     watch = watched(problems, "rendering", len(problems), "rows")

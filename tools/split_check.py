@@ -88,7 +88,7 @@ def without_clipping(config: Config) -> Config:
 
 def make_batch(config: Config, options: argparse.Namespace) -> list[Group]:
     """Raises ConfigError where the sequences do not fit into the model."""
-    shape = ModelShape.from_folder(config.model.path)
+    shape = ModelShape.of(config.model)
     room = shape.max_positions - options.response_tokens
     if room < 1:
         raise ConfigError([f"--response-tokens: the model has {shape.max_positions} positions"])

@@ -87,7 +87,7 @@ def replay(config: Config, split: Split, batch_file: Path, folder: Path) -> Repl
     """
     config = split.apply(config)
     groups = platform.start(config.parallel, config.run.seed)
-    vocab_size = ModelShape.from_folder(config.model.path).vocab_size
+    vocab_size = ModelShape.of(config.model).vocab_size
     algorithm = build_algorithm(config.algorithm, vocab_size=vocab_size)
     policy = build_policy(config, groups, total_updates=1, keep_reference=algorithm.needs_reference)
     learner = Learner(policy, algorithm, temperature=config.rollout.temperature, max_tokens=split.max_tokens)
@@ -121,7 +121,7 @@ def replay(config: Config, split: Split, batch_file: Path, folder: Path) -> Repl
 def _start_weights(config: Config) -> tuple[list[str], TensorSource]:
     if config.model.init == "random":
         return convert.random_source(config.model.path, config.run.seed)
-    return convert.folder_source(config.model.path)
+    return convert.folder_source(config.model.path, ModelShape.of(config.model))
 
 
 def perturbed(read: TensorSource, salt: str, scale: float) -> TensorSource:

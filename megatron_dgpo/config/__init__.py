@@ -19,7 +19,17 @@ from megatron_dgpo.config.section import Count, NonNegative, Positive, PositiveI
 # A path comes from TOML as a string; everything else keeps its type.
 Folder = Annotated[Path, Field(strict=False)]
 Source = Annotated[str, BeforeValidator(lambda given: str(given) if isinstance(given, Path) else given)]
+
 Sources = Annotated[tuple[Source, ...], Field(strict=False)]
+
+
+def _id_or_text(given: Any) -> Any:
+    if type(given) not in (int, str):
+        raise ValueError("neither a token id nor the text of one token")
+    return given
+
+
+StopTokens = Annotated[tuple[Annotated[int | str, BeforeValidator(_id_or_text)], ...], Field(strict=False)]
 
 
 class RunConfig(Section):
@@ -38,6 +48,8 @@ class ModelConfig(Section):
     """A Hugging Face folder: config.json, tokenizer, and safetensors unless init is "random"."""
     init: Literal["weights", "random"] = "weights"
     """Start from the folder's weights, or from random ones."""
+    ignore_config_fields: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Fields of config.json that are unknown here and, as you know, do not change what the model computes."""
     params_dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the parameters that compute; the optimizer keeps float32 copies."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
@@ -98,6 +110,9 @@ class SFTDataConfig(Section):
 class GenerationConfig(Section):
     max_new_tokens: PositiveInt = 1024
     """A response that has not ended by then is truncated."""
+    stop_tokens: StopTokens = ()
+    """What ends a response beside the end-of-sequence tokens of the tokenizer, generation_config.json and
+    config.json: token ids, or texts of one token each, such as ["<|im_end|>", 151643]."""
     max_batch_size: PositiveInt = 256
     """Samples that a rank generates together in the embedded engine."""
 

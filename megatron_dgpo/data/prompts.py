@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_dgpo.data.problems import final, read_problems
-from megatron_dgpo.data.rows import Renderer, encode
+from megatron_dgpo.data.rows import Renderer
+from megatron_dgpo.data.tokenizer import encode
 from megatron_dgpo.types import Prompt
 
 if TYPE_CHECKING:
@@ -35,8 +36,8 @@ def load_prompts(
     solution included: the reward reads it.
 
     With `apply_chat_template` the ids are those of the template with the generation prompt; without,
-    those of the system prompt, a blank line and the prompt, and the tokenizer adds its own special
-    tokens. Prompts of more than `max_prompt_tokens` tokens are left out and counted in the log.
+    those of the system prompt, a blank line and the prompt, after what the tokenizer puts before a text
+    (see `encode`). Prompts of more than `max_prompt_tokens` tokens are left out and counted in the log.
 
     Prompt ids are "<file stem>:<row>", the first row being 1; a row's `data_source`, where it has one,
     is in the prompt's metadata.

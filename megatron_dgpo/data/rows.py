@@ -1,22 +1,20 @@
-"""Looks values up in rows and turns prompts into text and ids; every complaint names the place."""
+"""Looks values up in rows and turns prompts into text; every complaint names the place."""
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from megatron_dgpo.jsontext import lone_surrogate
-from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = list[dict[str, str]]
+logger = logging.getLogger(__name__)
 
-TOKENIZE_CHUNK = 4096
-"""Texts per tokenizer call: large enough to be fast, small enough to keep memory flat."""
+Messages = list[dict[str, str]]
 
 
 def lookup(row: dict[str, Any], key: str) -> Any:
@@ -116,6 +114,7 @@ class Renderer:
             )
         self._tokenizer = tokenizer
         self._template = apply_chat_template
+        self._special = tuple(tokenizer.all_special_tokens)
         # A file in DAPO's layout repeats each problem a hundred times; a template is slow.
         self._known: dict[tuple[str, ...], str] = {}
 
@@ -127,6 +126,7 @@ class Renderer:
 
     def _render(self, messages: Messages, at: str) -> str:
         if self._template:
+            self._warn_of_rendered(messages, at)
             try:
                 text = self._tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=True
@@ -139,22 +139,12 @@ class Renderer:
             raise ValueError(f"{at}: a prompt of several turns needs apply_chat_template")
         return "\n\n".join(message["content"] for message in messages)
 
-
-def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool
-) -> list[tuple[int, ...]]:
-    """Token ids of each text; equal texts are encoded once."""
-    unique = list(dict.fromkeys(texts))
-    ids: dict[str, tuple[int, ...]] = {}
-    starts = range(0, len(unique), TOKENIZE_CHUNK)
-    for start in watched(starts, "tokenizing", len(starts), f"times {TOKENIZE_CHUNK:,} texts"):
-        chunk = unique[start : start + TOKENIZE_CHUNK]
-        encoded = tokenizer(
-            chunk,
-            add_special_tokens=add_special_tokens,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        ids.update(zip(chunk, map(tuple, encoded["input_ids"]), strict=True))
-    return [ids[text] for text in texts]
+    def _warn_of_rendered(self, messages: Messages, at: str) -> None:
+        """Once, of a text that looks as if it had been through a template already."""
+        if self._special and any(m["content"].startswith(self._special) for m in messages):
+            logger.warning(
+                "%s: a message begins with a special token and goes through the chat template all the "
+                "same; where prompts are rendered beforehand, apply_chat_template has to be false",
+                at,
+            )
+            self._special = ()

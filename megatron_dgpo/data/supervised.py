@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_dgpo.config.sources import parse_sources
-from megatron_dgpo.data.rows import Renderer, encode, require, require_text, to_messages
+from megatron_dgpo.data.rows import Renderer, require, require_text, to_messages
 from megatron_dgpo.data.sources import read_rows, where
+from megatron_dgpo.data.tokenizer import encode
 from megatron_dgpo.progress import watched
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SupervisedExample:
-    """A prompt and the response to learn; the response ends with the end-of-sequence token."""
+    """A prompt and the response to learn, which ends with a token that ends a response."""
 
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]
@@ -40,18 +41,21 @@ def load_supervised(
     apply_chat_template: bool,
     max_tokens: int,
     system_prompt: str = "",
+    stop_ids: Sequence[int] = (),
 ) -> list[SupervisedExample]:
     """Read prompts and responses from .jsonl and .parquet files, in file and row order.
 
-    Prompts are encoded just as `load_prompts` encodes them; a response is its own tokens and the
-    tokenizer's end-of-sequence token. Examples of more than `max_tokens` prompt and response tokens
-    are left out, never cut, and counted in the log.
+    Prompts are encoded just as `load_prompts` encodes them; a response is its own tokens and, unless its
+    last one is of `stop_ids`, the first of them (none given: the tokenizer's end-of-sequence token).
+    Examples of more than `max_tokens` prompt and response tokens are left out, never cut, and counted in
+    the log.
 
     Raises FileNotFoundError for a missing file, and ValueError, naming file and row, for a malformed
-    row; ValueError too where the tokenizer has no end-of-sequence token or no example is left.
+    row; ValueError too where nothing ends a response or no example is left.
     """
-    if tokenizer.eos_token_id is None:
+    if not stop_ids and tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token, with which every response has to end")
+    stops = tuple(stop_ids) or (tokenizer.eos_token_id,)
     render = Renderer(tokenizer, apply_chat_template)
     prompts, responses = [], []
     for path in parse_sources(paths):
@@ -63,9 +67,8 @@ def load_supervised(
             responses.append(require_text(require(row, response_key, at), response_key, at))
     prompt_ids = encode(tokenizer, prompts, add_special_tokens=not apply_chat_template)
     response_ids = encode(tokenizer, responses, add_special_tokens=False)
-    eos = (tokenizer.eos_token_id,)
     examples = [
-        SupervisedExample(prompt, response if response[-1:] == eos else response + eos)
+        SupervisedExample(prompt, response if response and response[-1] in stops else (*response, stops[0]))
         for prompt, response in zip(prompt_ids, response_ids, strict=True)
     ]
     kept = [example for example in examples if example.num_tokens <= max_tokens]

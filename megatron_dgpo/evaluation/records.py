@@ -16,6 +16,8 @@ from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 _HEADER = "evaluation"
 WEIGHTS = "weights"
 """The setting that has the weights' fingerprint."""
+STOPS = "stop_token_ids"
+"""The setting that has what ended a response, where that was not the tokenizer's eos_token alone."""
 REWARD = ("reward", "reward_source")
 """Settings that say how samples were scored."""
 
@@ -26,7 +28,7 @@ class SampleFile:
     Args:
         settings: what the samples depend on (JSON). A file that is there has to have the same.
         regrade: the samples will be scored again: by what, and against which gold answers, may differ. So
-            may the weights, which have drawn what is there; the file goes on naming those that did.
+            may the weights and what ends a response; the file goes on naming those that drew what is there.
 
     Raises ValueError naming the setting that differs and what to do, or a line that is no sample.
     """
@@ -53,11 +55,12 @@ class SampleFile:
         if not isinstance(had, dict):
             raise ValueError(f"{self.path} does not begin with an evaluation's settings")
         for key in sorted({*had, *settings}):
-            may_differ = self._regrade and key in (WEIGHTS, *REWARD)
+            may_differ = self._regrade and key in (WEIGHTS, STOPS, *REWARD)
             if had.get(key) != settings.get(key) and not may_differ:
                 raise ValueError(self._refusal(key, had.get(key), settings.get(key)))
-        if self._regrade and WEIGHTS in had:
-            self._settings[WEIGHTS] = had[WEIGHTS]
+        if self._regrade:
+            drawn_with = {key: had[key] for key in (WEIGHTS, STOPS) if key in had}
+            self._settings = {k: v for k, v in self._settings.items() if k != STOPS} | drawn_with
         self._rows = rows[1:]
 
     def _row(self, number: int, line: bytes) -> dict[str, Any]:

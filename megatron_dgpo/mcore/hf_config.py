@@ -1,8 +1,9 @@
 """A Hugging Face config.json becomes the numbers that a model is built from, or is refused by field.
 
-Every field of the file has to be known: one that is translated, one that must have the value that this
-project computes with, or one that says nothing about the computation. All others are refused, since a
-model that ignores them is another model. This module imports nothing heavy.
+A field is translated, must have the value that this project computes with, or says nothing about the
+computation. Others are refused, since a model that ignores them is another model, but for those that
+`hf_fields` tells to change nothing and those that the user says to ignore: `remarks` names these. This module
+imports nothing heavy.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from megatron_dgpo.mcore.hf_fields import NEVER_IGNORED, class_fields, explain, passed_over
+
+if TYPE_CHECKING:
+    from megatron_dgpo.config import ModelConfig
 
 from megatron_dgpo import jsontext
 
@@ -36,20 +42,20 @@ class Family:
     """Fields of this family alone that say nothing about the computation."""
 
 
-_NO_WINDOW = {"use_sliding_window": False, "layer_types": "full_attention"}
+_FULL = {"layer_types": "full_attention"}
 FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "Qwen2ForCausalLM",
         qkv_bias=True,
         required=("num_key_value_heads",),
-        fixed={**_NO_WINDOW, "use_mrope": False},
+        fixed=_FULL,
         harmless=frozenset({"sliding_window", "max_window_layers"}),
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         qk_norm=True,
         required=("num_key_value_heads", "head_dim"),
-        fixed={**_NO_WINDOW, "attention_bias": False},
+        fixed={**_FULL, "attention_bias": False},
         harmless=frozenset({"sliding_window", "max_window_layers"}),
     ),
     "llama": Family(
@@ -96,6 +102,9 @@ _FIXED: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
+    "rope_interleaved": False,
+    "use_mrope": False,
+    "use_sliding_window": False,
     "is_encoder_decoder": False,
     "is_decoder": False,
     "add_cross_attention": False,
@@ -106,15 +115,16 @@ _FIXED: dict[str, Any] = {
 }
 _HARMLESS = {
     # how the file came about
-    *("_name_or_path", "transformers_version", "_commit_hash"),
+    *("_name_or_path", "name_or_path", "transformers_version", "_commit_hash"),
     # how weights are stored, and how transformers runs
     *("torch_dtype", "dtype", "use_bfloat16", "torchscript", "use_cache", "return_dict", "output_attentions"),
     *("output_hidden_states", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    *("experts_implementation", "_experts_implementation"),
     # tokens and generation
     *("bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id"),
     *("tokenizer_class", "prefix", "task_specific_params"),
     # heads that these architectures do not have
-    *("id2label", "label2id", "problem_type", "finetuning_task"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
 }
 
 
@@ -152,14 +162,15 @@ class ModelShape:
     qk_norm: bool
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From the parsed config.json; raises ValueError naming every field that has no counterpart."""
+    def from_hf(cls, config: Mapping[str, Any], ignore: Collection[str] = ()) -> ModelShape:
+        """From the parsed config.json, without the fields that `ignore` names. Raises ValueError naming every
+        field that has no counterpart or cannot be ignored."""
         name = config.get("model_type")
         if not isinstance(name, str) or name not in FAMILIES:
             supported = ", ".join(FAMILIES)
             raise ValueError(f"config.json: model_type {name!r} is not supported (supported: {supported})")
         family = FAMILIES[name]
-        if problems := [*_numbers(config, family), *_fields(config, name, family)]:
+        if problems := [*_numbers(config, family), *_fields(config, name, family, ignore)]:
             raise ValueError("config.json: " + "; ".join(problems))
         heads = int(config["num_attention_heads"])
         return cls(
@@ -182,19 +193,17 @@ class ModelShape:
         )
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ModelShape:
+    def from_folder(cls, folder: Path, ignore: Collection[str] = ()) -> ModelShape:
         """Raises OSError where there is no config.json, and ValueError naming it and what is wrong in it."""
-        path = folder / "config.json"
         try:
-            config = jsontext.loads(path.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{path} is {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} does not hold a JSON object")
-        try:
-            return cls.from_hf(config)
+            return cls.from_hf(_read(folder), ignore)
         except ValueError as error:
             raise ValueError(f"{folder}/{error}") from error
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> ModelShape:
+        """Of a run's settings. Raises what `from_folder` raises."""
+        return cls.from_folder(model.path, model.ignore_config_fields)
 
     def identity(self) -> dict[str, Any]:
         """What decides the meaning of weights of this shape, by config.json's names and as plain values,
@@ -252,20 +261,83 @@ def _numbers(config: Mapping[str, Any], family: Family) -> Iterator[str]:
         yield "head_dim is odd, and rotary embeddings take pairs"
 
 
-def _fields(config: Mapping[str, Any], name: str, family: Family) -> Iterator[str]:
+def _fields(config: Mapping[str, Any], name: str, family: Family, ignore: Collection[str]) -> Iterator[str]:
     architectures = config.get("architectures")
     if architectures not in (None, [family.architecture]):
         yield f"architectures {architectures!r} is not supported ({family.architecture} is)"
     if not isinstance(config.get("tie_word_embeddings", False), bool):
         yield f"tie_word_embeddings is {config['tie_word_embeddings']!r}, not true or false"
-    fixed = {**_FIXED, **family.fixed}
+    fixed, unknown = _fixed(family), []
     for key, value in config.items():
-        if key in fixed:
-            if not _has_value(key, value, fixed[key]):
-                yield f"{key} {value!r} is not supported ({_as_json(fixed[key])} is)"
-        elif key not in _TRANSLATED | _HARMLESS | family.harmless:
+        if key in ignore:
+            continue
+        if key in fixed and not _has_value(key, value, fixed[key]):
+            yield f"{key} {value!r} is not supported ({_as_json(fixed[key])} is)"
+        elif not _is_known(key, family) and not passed_over(key, value, name):
             yield f"{key} {_short(value)} has no counterpart here ({name} models are built without it)"
+            unknown.append(key)
     yield from _rope_problems(config, family)
+    yield from _ignored_problems(config, name, family, ignore)
+    if names := [key for key in unknown if _cannot_be_ignored(key, name, family) is None]:
+        yield (
+            f"model.ignore_config_fields = {json.dumps(names)} (of tools: --ignore-config-fields "
+            f"{' '.join(names)}) passes over what you know to change nothing"
+        )
+    if unknown and class_fields(name) is None:
+        yield "the installed transformers, which knows more fields, could not be asked for them"
+
+
+def _fixed(family: Family) -> dict[str, Any]:
+    return {**_FIXED, **family.fixed}
+
+
+def _is_known(key: str, family: Family) -> bool:
+    return key in _TRANSLATED | _HARMLESS | family.harmless or key in _fixed(family)
+
+
+def _cannot_be_ignored(key: str, name: str, family: Family) -> str | None:
+    """Why, if so."""
+    if key in NEVER_IGNORED:
+        return "its weights are not read"
+    if key in _HARMLESS | family.harmless:
+        return None
+    if key in _TRANSLATED or key in (class_fields(name) or ()):
+        return f"{name} models compute with it"
+    return None
+
+
+def _ignored_problems(
+    config: Mapping[str, Any], name: str, family: Family, ignore: Collection[str]
+) -> Iterator[str]:
+    for key in ignore:
+        if key not in config:
+            yield f"there is no {key}, which ignore_config_fields names"
+        elif why := _cannot_be_ignored(key, name, family):
+            yield f"{key} cannot be ignored ({why}), and ignore_config_fields names it"
+
+
+def remarks(folder: Path, ignore: Collection[str] = ()) -> list[str]:
+    """What a user is warned of where `ModelShape.from_folder` takes the folder: the fields that it passes
+    over, and the user's own choice of them."""
+    config = _read(folder)
+    name = config["model_type"]
+    family = FAMILIES[name]
+    left = {key: value for key, value in config.items() if key not in ignore and not _is_known(key, family)}
+    lines = list(explain(left, name))
+    if ignore:
+        given = ", ".join(f"{key} = {_short(config[key])}" for key in ignore if key in config)
+        lines.append(f"config.json: ignored, as ignore_config_fields asks for: {given}")
+    return [f"{folder}/{line}" for line in lines]
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    try:
+        config = jsontext.loads((folder / "config.json").read_bytes())
+    except ValueError as error:
+        raise ValueError(f"config.json is {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError("config.json does not hold a JSON object")
+    return config
 
 
 def _has_value(key: str, value: Any, wanted: Any) -> bool:

@@ -16,14 +16,14 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     StoppingCriteriaList,
 )
 
-from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.data.tokenizer import load_tokenizer
+from megatron_dgpo.rollout.engine import SamplingParams, spoken
 from megatron_dgpo.rollout.sampling import EndOrCompact, NonFiniteLogits, TokenChooser, uniforms
 from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
@@ -57,8 +57,8 @@ class EmbeddedEngine:
         max_batch_size: rows (samples) that are generated together, at most.
 
     Raises:
-        ValueError: for a max_batch_size below 1.
-        OSError: where the folder has no configuration or tokenizer (from transformers).
+        ValueError: for a max_batch_size below 1, or a tokenizer that cannot be loaded.
+        OSError: where the folder has no configuration (from transformers).
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class EmbeddedEngine:
         self._version = NO_WEIGHTS
         self._last_version = NO_WEIGHTS
         config = AutoConfig.from_pretrained(model_path)
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
+        self._tokenizer = load_tokenizer(Path(model_path))
         cuda = [self._device] if self._device.type == "cuda" else []
         # Initialisation draws random numbers; the trainer's generators must not notice.
         with torch.random.fork_rng(devices=cuda), self._device:
@@ -269,8 +269,10 @@ class EmbeddedEngine:
                     weight_versions=(VersionSpan(self._version, 0, length),),
                 )
             )
-        texts = self._tokenizer.batch_decode([s.token_ids for s in out], skip_special_tokens=True)
-        for sample, text in zip(out, texts, strict=True):
+        said = [spoken(s.token_ids, s.finish_reason) for s in out]
+        for sample, text in zip(
+            out, self._tokenizer.batch_decode(said, skip_special_tokens=True), strict=True
+        ):
             sample.text = text
         return out
 

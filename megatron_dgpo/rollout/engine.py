@@ -60,6 +60,11 @@ class SamplingParams:
         return self.temperature == 0
 
 
+def spoken(token_ids: Sequence[int], finish_reason: str) -> Sequence[int]:
+    """The tokens of a response that its text is of: not the one that ended it, special or not."""
+    return token_ids[:-1] if finish_reason == "stop" else token_ids
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -7,7 +7,7 @@ pass from file to file. Everything that can be wrong with the source is found be
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ def name_table(shape: ModelShape) -> NameTable:
 
 
 class HFFolder:
-    """A Hugging Face folder whose weights are exactly those of its config.json.
+    """A Hugging Face folder whose weights are exactly those of its config.json, without the fields that
+    `ignore` names.
 
     Raises:
         OSError: a file that is missing or cannot be read.
@@ -64,9 +65,9 @@ class HFFolder:
         KeyError: naming tensors that are missing or have no counterpart.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ignore: Collection[str] = ()) -> None:
         self.folder = folder
-        self.shape = ModelShape.from_folder(folder)
+        self.shape = ModelShape.from_folder(folder, ignore)
         files = tensor_files(folder)
         table = name_table(self.shape)
         try:
@@ -158,7 +159,8 @@ def _as_layer(read: Callable[[], Tensor]) -> Tensor:
 
 class MegatronFolder:
     """A checkpoint, imported or written by training, whose weights are exactly those of a shape; `beside`
-    is the folder with its configuration and tokenizer, if it is another one.
+    is the folder with its configuration and tokenizer, if it is another one, and `ignored` are the fields of
+    its config.json that the shape was made without.
 
     Raises:
         FileNotFoundError: the folder holds no checkpoint.
@@ -166,10 +168,12 @@ class MegatronFolder:
         KeyError: naming parameters that are missing or have no counterpart.
     """
 
-    def __init__(self, folder: Path, shape: ModelShape, beside: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, shape: ModelShape, beside: Path | None = None, ignored: tuple[str, ...] = ()
+    ) -> None:
         if not is_checkpoint(folder):
             raise FileNotFoundError(f"{folder}: no distributed checkpoint (metadata.json and .metadata)")
-        self.folder, self.shape, self.beside = folder, shape, beside or folder
+        self.folder, self.shape, self.beside, self.ignored = folder, shape, beside or folder, ignored
         check_shape(folder, shape)
         self.table = name_table(shape)
         self._reader = CheckpointReader(folder)
@@ -234,28 +238,34 @@ def checkpoint_source(folder: Path, shape: ModelShape) -> tuple[list[str], Tenso
     return table.hf_names(), read
 
 
-def hf_folder_of(checkpoint: Path) -> Path:
+def hf_folder_of(checkpoint: Path) -> tuple[Path, tuple[str, ...]]:
     """The folder with config.json and tokenizer of a checkpoint: itself where it was imported, or the
-    model.path of the run that wrote it. Raises FileNotFoundError where neither is there."""
+    model.path of the run that wrote it; and the fields of config.json that this run ignores. Raises
+    FileNotFoundError where neither is there."""
     if (checkpoint / "config.json").is_file():
-        return checkpoint
+        return checkpoint, ()
     run = checkpoint.resolve().parent.parent / "config.toml"
     if not run.is_file():
         raise FileNotFoundError(f"{checkpoint}: neither config.json in it nor {run} (name a model folder)")
-    model = Path(tomllib.loads(run.read_text(encoding="utf-8"))["model"]["path"])
+    settings = tomllib.loads(run.read_text(encoding="utf-8"))["model"]
+    model = Path(settings["path"])
     if not (model / "config.json").is_file():
         raise FileNotFoundError(
             f"{run} has model.path {model}, where no config.json is (name a model folder)"
         )
-    return model
+    return model, tuple(settings.get("ignore_config_fields", ()))
 
 
-def open_checkpoint(source: Path, model: Path | None = None) -> MegatronFolder:
+def open_checkpoint(source: Path, model: Path | None = None, ignore: Collection[str] = ()) -> MegatronFolder:
     """A checkpoint whose files are what was written. `model` has its config.json and tokenizer; by default
-    they are where `hf_folder_of` finds them. Raises what that, `check_files` and `MegatronFolder` raise."""
+    they are where `hf_folder_of` finds them. Fields of config.json that `ignore` names are ignored, and those
+    that the run which wrote the checkpoint ignores. Raises what `hf_folder_of`, `check_files` and
+    `MegatronFolder` raise."""
     if not is_checkpoint(source):
         raise FileNotFoundError(f"{source}: no distributed checkpoint (metadata.json and .metadata)")
-    model = model or hf_folder_of(source)
-    shape = ModelShape.from_folder(model)
+    if model is None:
+        model, of_run = hf_folder_of(source)
+        ignore = dict.fromkeys((*of_run, *ignore))
+    shape = ModelShape.from_folder(model, ignore)
     check_files(source)
-    return MegatronFolder(source, shape, model)
+    return MegatronFolder(source, shape, model, tuple(ignore))

@@ -39,15 +39,15 @@ from megatron_dgpo.weights.shards import hf_shapes, shard, to_full
 DEFAULT_SHARD_BYTES = 5 << 30
 
 
-def folder_source(folder: Path) -> tuple[list[str], TensorSource]:
+def folder_source(folder: Path, shape: ModelShape | None = None) -> tuple[list[str], TensorSource]:
     """Hugging Face names in a folder, of safetensors (one file or several) or of an imported checkpoint,
-    and a function that reads one of them.
+    and a function that reads one of them. `shape` is the model's; without it config.json gives it.
 
     Raises FileNotFoundError when the folder has no weights or lacks a file, ValueError for a file that is
     damaged or is not what the others say (see `folders.tensor_files` and `checkpoints.checkpoint_source`).
     """
     if is_checkpoint(folder):
-        return checkpoint_source(folder, ModelShape.from_folder(folder))
+        return checkpoint_source(folder, shape or ModelShape.from_folder(folder))
     files = tensor_files(folder)
     return list(files), tensor_reader(folder, files)
 
@@ -76,11 +76,11 @@ def load_hf(model: PolicyModel, groups: platform.Groups, names: list[str], read:
 
 
 def load_trunk(
-    model: PolicyModel, groups: platform.Groups, folder: Path, names: list[str], read: TensorSource
+    model: PolicyModel, groups: platform.Groups, shape: ModelShape, names: list[str], read: TensorSource
 ) -> None:
-    """Fill this rank's parameters but the head's from Hugging Face tensors of the folder's model; the head
+    """Fill this rank's parameters but the head's from Hugging Face tensors of a model of this shape; the head
     keeps what it has. Raises what `load_hf` raises."""
-    table = name_table(ModelShape.from_folder(folder))
+    table = name_table(shape)
     table.check_hf_names(names)
     _fill(model, groups, local_entries(model, table, but=("output_layer.weight",)), read)
 
@@ -155,7 +155,7 @@ def load_folder(model: PolicyModel, groups: platform.Groups, folder: Path) -> No
 
     Raises what `folder_source`, `load_hf` and `mcore.checkpoint.load_weights` raise.
     """
-    names, read = folder_source(folder)
+    names, read = folder_source(folder, model.shape)
     if is_checkpoint(folder):
         load_weights(model, groups, folder)
     else:

@@ -29,7 +29,7 @@ def fingerprint(model: Path) -> str:
     """
     found = hashlib.blake2b(digest_size=8)
     if is_checkpoint(model):
-        found.update((hf_folder_of(model) / "config.json").read_bytes())
+        found.update((hf_folder_of(model)[0] / "config.json").read_bytes())
         found.update((model / FILES_FILE).read_bytes())
         return found.hexdigest()
     found.update((model / "config.json").read_bytes())

@@ -251,9 +251,13 @@ def test_stop_tokens_end_a_row_and_belong_to_it(engine) -> None:
             length = ends[0] + 1 if ends else 30
             assert short.token_ids == long.token_ids[:length]
             assert short.finish_reason == ("stop" if ends else "length")
+            # The text is without the token that stopped it, which is no special one.
+            said = short.token_ids[: -1 if ends else None]
+            assert short.text == "".join(LETTERS[i - 2] for i in said if i >= 2)
             assert (long.finish_reason, len(long.token_ids)) == ("length", 30)
             reasons.add(short.finish_reason)
     assert reasons == {"stop", "length"}
+    assert any(s.token_ids[-1] == 9 for g in engine.generate(prompts, params) for s in g.samples)
 
 
 def test_dropping_finished_rows_saves_work_and_changes_nothing(folder, model, monkeypatch) -> None:

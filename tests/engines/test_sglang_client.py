@@ -131,6 +131,7 @@ def test_only_the_given_tokens_end_a_response(urls: dict[str, str], folders: dic
     for s in samples:
         if s.finish_reason == "stop":
             assert s.token_ids[-1] in stops and not set(s.token_ids[:-1]) & set(stops)
+            assert s.text == " ".join(map(str, s.token_ids[:-1]))
         else:
             assert len(s.token_ids) == 40 and not set(s.token_ids) & set(stops)
         assert len(s.log_probs) == len(s.token_ids) == s.weight_versions[-1].end

@@ -49,8 +49,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Room -> other rooms of the package that it may import, beside `LEAVES`."""
 LEAVES = {"jsontext", "progress"}
 """Import nothing of the package, and may be imported by all."""
-PURE = {"types", "config", "jsontext", "checks", "plan", "cli"}
-PURE |= {"weights.names", "mcore.fields", "mcore.hf_config"}
+PURE = {"types", "config", "jsontext", "checks", "plan", "cli", "weights.names"}
+PURE |= {"mcore.fields", "mcore.hf_config", "mcore.hf_fields"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")

@@ -185,6 +185,7 @@ def test_help_shows_type_and_default_of_what_it_names() -> None:
         "--algorithm.kl_coef  <number>  (0.0)",
         "--train.steps  <integer>  (required)",
         "--data.train  <list of texts>  (required)",
+        "--rollout.stop_tokens  <list of integers or texts>  ([])",
         '--run.folder  <path>  ("runs/default")',
         "--run.resume  <true/false>  (false)",
         '--model.init  <weights | random>  ("weights")',

@@ -366,3 +366,29 @@ def test_refused_words(place: Path, capsys: Capsys) -> None:
         with pytest.raises(SystemExit):
             evaluate.main([str(place / "model"), "--data", "x.jsonl", *words])
         assert says in capsys.readouterr().err
+
+
+def test_every_stop_token_ends_a_sample_and_a_field_may_be_ignored(
+    place: Path, whole: Path, tmp_path: Path, capsys: Capsys
+) -> None:
+    model, out = shutil.copytree(place / "model", place / "stops"), tmp_path / "out.jsonl"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "scale_depth": 1, "eos_token_id": 5}))
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 6]}))
+    assert run(place, out, model="stops") == 2
+    assert "config.json: scale_depth 1 has no counterpart" in capsys.readouterr().err
+    ignore = ("--ignore-config-fields", "scale_depth")
+    assert run(place, out, *ignore, "--stop-tokens", "abc", model="stops") == 2
+    assert "error: --stop-tokens: 'abc' is 3 tokens of this model" in capsys.readouterr().err
+    assert run(place, out, *ignore, "--stop-tokens", "7", "h", model="stops") == 0
+    stops = {0, 6, 5, 7, ord("h") - ord("a") + 2}
+    assert set(json.loads(out.read_text().splitlines()[0])["evaluation"]["stop_token_ids"]) == stops
+    for short, long in zip(samples(out), samples(whole), strict=True):
+        end = next((t + 1 for t, i in enumerate(long["token_ids"]) if i in stops), None)
+        assert short["token_ids"] == long["token_ids"][:end]
+        assert short["finish_reason"] == ("length" if end is None else "stop")
+    # With other stops these are other samples; graded again they may be all the same.
+    assert run(place, out, *ignore, model="stops") == 2
+    assert "has samples of stop_token_ids = " in capsys.readouterr().err
+    assert run(place, out, *ignore, "--regrade", model="stops", reward="letter") == 0
+    assert set(json.loads(out.read_text().splitlines()[0])["evaluation"]["stop_token_ids"]) == stops

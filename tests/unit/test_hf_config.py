@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_dgpo.mcore.hf_config import FAMILIES, IDENTITY, ModelShape, RopeScaling
+from megatron_dgpo.mcore import hf_fields
+from megatron_dgpo.mcore.hf_config import FAMILIES, IDENTITY, ModelShape, RopeScaling, remarks
 from megatron_dgpo.mcore.model import scaled
 
+ROOT = Path(__file__).resolve().parents[2]
 COMMON = {
     "torch_dtype": "bfloat16",
     "transformers_version": "4.51.0",
@@ -133,6 +139,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"pretraining_tp": 2}, "pretraining_tp 2 is not supported (1 is)"),
     ("qwen3", {"attention_bias": True}, "attention_bias True is not supported"),
     ("qwen2", {"attention_bias": False}, "attention_bias False has no counterpart"),
+    ("qwen2", {"attention_bias": None}, "attention_bias None has no counterpart"),
     ("qwen2", {"attention_dropout": 0.1}, "attention_dropout 0.1 is not supported (0.0 is)"),
     ("qwen2", {"use_sliding_window": True}, "use_sliding_window True is not supported (false is)"),
     ("qwen2", {"use_mrope": True}, "use_mrope True is not supported"),
@@ -145,6 +152,37 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported"),
     ("qwen2", {"quantization_config": {"bits": 4}}, "quantization_config {'bits': 4} has no counterpart"),
     ("qwen2", {"num_experts": 8}, "num_experts 8 has no counterpart"),
+    ("llama", {"rope_interleaved": True}, "rope_interleaved True is not supported (false is)"),
+    ("llama", {"use_mrope": True}, "use_mrope True is not supported (false is)"),
+    # defined by transformers' class, its base class or this family's, and not computed here
+    ("llama", {"per_layer_config": {"1": {}}}, "per_layer_config {'1': {}} has no counterpart"),
+    # not defined there, and named like a change of the computation
+    *(
+        (
+            "llama",
+            {name: 2},
+            f"{name} 2 has no counterpart here (llama models are built without it); model.ignore_",
+        )
+        for name in (
+            *("bias", "qkv_bias", "rope_is_neox_style", "scale_emb", "dim_model_base", "residualMultiplier"),
+            *(
+                "attention_chunk_size",
+                "auto_map",
+                "text_config",
+                "vision_config",
+                "kv_cache_dtype",
+                "use_qk_norm",
+            ),
+            *(
+                "num_nextn_predict_layers",
+                "sparsity",
+                "load_in_4bit",
+                "hidden_dim",
+                "padded_vocab_size",
+                "lora_r",
+            ),
+        )
+    ),
     ("qwen2", {"is_decoder": True}, "is_decoder True is not supported"),
     ("llama", {"logits_soft_cap": 30.0}, "logits_soft_cap 30.0 has no counterpart"),
     ("qwen2", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', not true or false"),
@@ -215,6 +253,119 @@ def test_all_refused_fields_are_named_at_once():
         ModelShape.from_hf({**FILES["llama"], "mlp_bias": True, "num_experts": 4, "head_dim": -1})
     assert all(name in str(caught.value) for name in ("mlp_bias", "num_experts", "head_dim"))
     assert "\n" not in str(caught.value)
+
+
+# --- fields that are passed over --------------------------------------------------------------------------
+
+ACCEPTED = {
+    **{"is_llama_config": True, "unsloth_fixed": True, "internal_version": "3", "unk_token_id": 0},
+    **{
+        "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+        "_attn_kind": "sdpa",
+        "_anything": 1,
+    },
+    **{"model_max_length": 4096, "temperature": 0.6, "num_beam_groups": 1, "use_flash_attention_2": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_transformers_does_not_know_either_are_passed_over(family, tmp_path):
+    file = {**FILES[family], **ACCEPTED, "rope_interleaved": False, "num_experts": None}
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    assert ModelShape.from_folder(tmp_path) == ModelShape.from_hf(FILES[family])
+    (line,) = remarks(tmp_path)
+    assert line.startswith(
+        f"{tmp_path}/config.json: passed over, since transformers' {family} models have no"
+    )
+    assert line.endswith(": " + ", ".join(sorted(ACCEPTED)))
+    (tmp_path / "config.json").write_text(json.dumps(FILES[family]))
+    assert remarks(tmp_path) == []
+
+
+def test_a_field_that_engines_may_know_has_a_warning_of_its_own(tmp_path):
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    file = {**FILES["qwen2"], "dual_chunk_attention_config": chunks}
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    assert ModelShape.from_folder(tmp_path) == ModelShape.from_hf(FILES["qwen2"])
+    (line,) = remarks(tmp_path)
+    assert (
+        "dual_chunk_attention_config is passed over: an engine may switch to another attention by it" in line
+    )
+
+
+def test_a_user_says_which_fields_to_ignore(tmp_path):
+    file = {**FILES["llama"], "scale_depth": 1.0, "num_experts": 0, "rope_interleaved": True}
+    names = ("scale_depth", "num_experts", "rope_interleaved")
+    (tmp_path / "config.json").write_text(json.dumps(file))
+    assert ModelShape.from_folder(tmp_path, names) == ModelShape.from_hf(FILES["llama"])
+    assert remarks(tmp_path, names) == [
+        f"{tmp_path}/config.json: ignored, as ignore_config_fields asks for: scale_depth = 1.0, "
+        "num_experts = 0, rope_interleaved = True"
+    ]
+    with pytest.raises(ValueError) as caught:
+        ModelShape.from_hf(file, ["rope_interleaved"])
+    assert str(caught.value).endswith(
+        'model.ignore_config_fields = ["scale_depth", "num_experts"] (of tools: --ignore-config-fields '
+        "scale_depth num_experts) passes over what you know to change nothing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "says"),
+    [
+        ({}, "scale_depth", "there is no scale_depth, which ignore_config_fields names"),
+        ({}, "hidden_size", "hidden_size cannot be ignored (llama models compute with it)"),
+        ({}, "rope_scaling", "rope_scaling cannot be ignored (llama models compute with it)"),
+        ({"mlp_bias": True}, "mlp_bias", "mlp_bias cannot be ignored (llama models compute with it)"),
+        ({"per_layer_config": {}}, "per_layer_config", "per_layer_config cannot be ignored (llama models"),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config",
+            "quantization_config cannot be ignored",
+        ),
+    ],
+)
+def test_what_the_model_computes_with_cannot_be_ignored(change, name, says):
+    with pytest.raises(ValueError) as caught:
+        ModelShape.from_hf({**FILES["llama"], **change}, [name])
+    assert str(caught.value).startswith(f"config.json: {says}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fields_of_the_class_are_those_that_transformers_has(family):
+    from transformers import AutoConfig
+
+    found = hf_fields.class_fields(family)
+    assert found is not None
+    written = {name for name in AutoConfig.for_model(family).to_dict() if not name.startswith("_")}
+    assert written - {"model_type", "layer_types"} <= found and "rope_scaling" in found
+
+
+def test_transformers_is_asked_without_being_imported_and_only_where_there_is_a_reason(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**FILES["llama"], "unsloth_fixed": True}))
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom megatron_dgpo.mcore import hf_config, hf_fields\n"
+        f"hf_config.ModelShape.from_hf({FILES['llama']!r})\n"
+        "assert hf_fields.class_fields.cache_info().currsize == 0\n"
+        f"assert len(hf_config.remarks(Path({str(tmp_path)!r}))) == 1\n"
+        "print([m for m in ('torch', 'transformers', 'megatron', 'numpy') if m in sys.modules])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
+def test_without_transformers_an_unknown_field_is_refused(monkeypatch):
+    monkeypatch.setattr(hf_fields, "class_fields", lambda family: None)
+    monkeypatch.setattr("megatron_dgpo.mcore.hf_config.class_fields", lambda family: None)
+    with pytest.raises(ValueError, match="unsloth_fixed True has no counterpart") as caught:
+        ModelShape.from_hf({**FILES["llama"], "unsloth_fixed": True})
+    assert 'model.ignore_config_fields = ["unsloth_fixed"]' in str(caught.value)
+    assert "the installed transformers, which knows more fields, could not be asked" in str(caught.value)
+    file = {**FILES["llama"], "unsloth_fixed": True}
+    assert ModelShape.from_hf(file, ["unsloth_fixed"]) == ModelShape.from_hf(FILES["llama"])
 
 
 # --- what a checkpoint keeps ----------------------------------------------------------------------------

@@ -133,14 +133,23 @@ def test_other_input_that_cannot_be_used(place: Place, monkeypatch: pytest.Monke
     again = f'["{place.data}/train.jsonl", "{place.data}/train.jsonl"]'
     assert "share the stem 'train'; rename one" in line("--data.train", again)
     assert "have more than max_prompt_tokens=2 tokens" in line("--data.max_prompt_tokens", 2)
-    settings = json.loads((place.model / "tokenizer_config.json").read_text())
-    settings["eos_token"] = None
-    (place.model / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert (
-        line() == f"error: model.path: the tokenizer of {place.model} has no eos_token, which ends a response"
+    says = "error: rollout.stop_tokens: 'now' is 3 tokens of this model and not one; use a text that is one"
+    assert line("--rollout.stop_tokens", '["now"]').startswith(says)
+    for name, key in (("tokenizer", "eos_token"), ("generation", "eos_token_id"), ("", "eos_token_id")):
+        path = place.model / f"{name}_config.json".strip("_")
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: None}))
+    assert line() == (
+        f"error: model.path: the tokenizer of {place.model} has no eos_token, which ends a response; nor do "
+        "generation_config.json, config.json and rollout.stop_tokens name one"
     )
     shutil.copy(EXAMPLES / "README.md", place.model / "tokenizer.json")
     assert line().startswith(f"error: model.path: {place.model}/tokenizer.json is not valid JSON")
+    (place.model / "tokenizer.json").unlink()
+    (place.model / "tokenizer.model").write_text("")
+    says = (
+        f"error: model.path: the tokenizer of {place.model} cannot be loaded: its tokenizer.model needs the"
+    )
+    assert line().startswith(says)
 
 
 @pytest.mark.parametrize(

@@ -392,6 +392,40 @@ SETTINGS = {
     "no tokenizer": Case(
         [], "model.path: {folder}/model/tokenizer.json is not there", files={"model/tokenizer.json": None}
     ),
+    "neither tokenizer": Case(
+        [],
+        "model.path: {folder}/model/tokenizer.json is not there (nor vocab.json with merges.txt or tok",
+        files={"model/tokenizer.json": None, "model/vocab.json": "{}"},
+    ),
+    "vocabulary file": Case(
+        [],
+        "model.path: the tokenizer's ids go up to 99, but config.json has vocab_size ",
+        files={"model/tokenizer.json": None, "model/vocab.json": '{"a": 99}', "model/merges.txt": ""},
+    ),
+    "vocabulary file not JSON": Case(
+        [],
+        "model.path: {folder}/model/vocab.json is not valid JSON",
+        files={"model/tokenizer.json": None, "model/vocab.json": "{", "model/merges.txt": ""},
+    ),
+    "ignored field": Case(
+        ["--model.ignore_config_fields", '["zzz"]'],
+        "model.path: {folder}/model: config.json: there is no zzz, which ignore_config_fields names",
+    ),
+    "ignored size": Case(
+        ["--model.ignore_config_fields", '["vocab_size"]'],
+        "model.path: {folder}/model: config.json: vocab_size cannot be ignored (qwen2 models compute with it",
+    ),
+    # what ends a response
+    "stop token": Case(
+        ["--rollout.stop_tokens", "[3, 99]"], "rollout.stop_tokens: 99 is no token id below the model's "
+    ),
+    "negative stop token": Case(["--rollout.stop_tokens", "[-1]"], "rollout.stop_tokens: -1 is no token id"),
+    "stop token of another kind": Case(
+        ["--rollout.stop_tokens", "[true]"],
+        "rollout.stop_tokens.0: True: neither a token id nor the text of one token",
+        module="sft",
+    ),
+    "stop tokens not a list": Case(["--rollout.stop_tokens", "a"], "rollout.stop_tokens: 'a' is not a list"),
     # the model and its split
     "heads": Case(
         [TP, 2],

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_dgpo.rollout.engine import SamplingParams
+from megatron_dgpo.rollout.engine import SamplingParams, spoken
 from megatron_dgpo.types import Prompt, Sample, VersionSpan
 
 
@@ -88,7 +88,7 @@ class Response:
             log_probs=self._log_probs,
             finish_reason=self.finish_reason,
             weight_versions=tuple(self._spans),
-            text=decode(self.token_ids),
+            text=decode(spoken(self.token_ids, self.finish_reason)),
         )
 
 
