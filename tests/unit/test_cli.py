@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 
 from megatron_dgpo import cli
 from megatron_dgpo.cli import ConfigError, compose, dump_toml, help_text, keys, load, load_or_exit, validate
@@ -268,4 +269,4 @@ def test_settings_are_read_without_torch() -> None:
 
     code = "import sys, megatron_dgpo.cli; sys.exit('torch' in sys.modules or 'megatron' in sys.modules)"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env=environment)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=patience(), env=environment)

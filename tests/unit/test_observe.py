@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patience
 
 from megatron_dgpo.observe.console import COLUMNS, Console
 from megatron_dgpo.observe.meters import PhaseTimer, Sums
@@ -235,12 +236,13 @@ def test_table_and_silence(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("quiet", "rank", "shown"), [(False, 0, True), (True, 0, False), (False, 1, False)])
 def test_progress_shows_only_in_long_phases(capsys, monkeypatch, quiet: bool, rank: int, shown: bool) -> None:
-    monkeypatch.setattr("megatron_dgpo.observe.console._DELAY", 0.15)
+    monkeypatch.setattr("megatron_dgpo.observe.console._DELAY", patience())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     console = Console(quiet, rank)
     with console.phase("generate", 4) as bar:
         bar.update(4)
     assert capsys.readouterr().err == ""
+    monkeypatch.setattr("megatron_dgpo.observe.console._DELAY", 0.05)
     with console.phase("generate", 4) as bar:
         time.sleep(0.25)
         bar.update(2)
