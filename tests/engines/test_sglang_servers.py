@@ -14,6 +14,7 @@ import psutil
 import pytest
 from patience import patience, until
 
+from megatron_dgpo import platform
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
@@ -65,6 +66,19 @@ def test_a_server_of_another_family_is_refused(
     assert check_server(url, folders["llama"]) == 1
     with pytest.raises(ServerFailed, match=f"{url} serves .*llama.*, whose model_type is 'llama'.*'qwen3'"):
         check_server(url, folders["qwen3"])
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.has_gpu(), reason="only on Linux without a GPU")
+def test_a_servers_processes_are_forks_of_the_first(servers: dict[str, ServerProcess]) -> None:
+    """SGLang's own choice, to spawn them, makes a start three times as long."""
+    for server in servers.values():
+        children = psutil.Process(server.pid).children(recursive=True)
+        assert len(children) >= 2
+        # Another program would have been loaded to other addresses.
+        auxiliary = {
+            Path(f"/proc/{pid}/auxv").read_bytes() for pid in (server.pid, *(c.pid for c in children))
+        }
+        assert len(auxiliary) == 1
 
 
 def test_what_is_no_server_is_said_so(servers: dict[str, ServerProcess], folders: dict[str, Path]) -> None:
