@@ -1,5 +1,5 @@
 # make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
-# make test         the tests, on the CPU
+# make test         the tests, on the CPU (DGPO_TEST_PATIENCE=3: they wait three times as long before they call it hanging)
 # make test-gpu     those of tests/gpu, on a GPU
 # make install      what all of these need (make -j2 install: both environments at once)
 # make sglang       SGLang in an environment of its own, without a GPU

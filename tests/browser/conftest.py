@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 from bench.made_run import make_run
+from patience import patience
 from reports import Made
 
 from megatron_dgpo.observe.report.build import build
-
-TIMEOUT_MS = 20_000
 
 
 @pytest.fixture(scope="module")  # not longer: while it is open, its event loop is the only one of this thread
@@ -24,7 +23,9 @@ def browser() -> Iterator[Any]:
     if chromium is None:
         pytest.skip("no chromium on this machine (Debian: apt-get install chromium)")
     with playwright.sync_playwright() as running:
-        started = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=60_000)
+        started = running.chromium.launch(
+            executable_path=chromium, args=["--no-sandbox"], timeout=1000 * patience()
+        )
         yield started
         started.close()
 
@@ -44,7 +45,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Opened]]:
 
     def go(path: Path, place: str = "", *, width: int = 1440, height: int = 900, **options: Any) -> Opened:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
-        context.set_default_timeout(TIMEOUT_MS)
+        context.set_default_timeout(1000 * patience())
         one = Opened(context.new_page())
         opened.append(one)
         one.page.on("request", lambda r: _request(one, r.url))

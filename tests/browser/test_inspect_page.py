@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from inspecting import Server, append, inspector, metrics_row, response, until, write_credit, write_run
+from inspecting import Server, append, inspector, metrics_row, response, write_credit, write_run
+from patience import patience, until
 
 from megatron_dgpo.observe import jsonl
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 HOSTILE = "<script>document.title='run'</script><img src=x onerror=\"document.title='run'\"> \u202e txt 🙂"
-TIMEOUT_MS = 20_000
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def visit(browser: Any, server: Server) -> Iterator[Callable[..., Any]]:
     def go(path: str, *, width: int = 1280, height: int = 700, but: str = "never", **options: Any) -> Any:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
-        context.set_default_timeout(TIMEOUT_MS)
+        context.set_default_timeout(1000 * patience())
         page = context.new_page()
         page.on("request", lambda r: None if r.url.startswith((server.url, "data:")) else wrong.append(r.url))
         page.on("console", lambda m: _complaint(m, but))
@@ -76,7 +76,7 @@ def wait(page: Any, script: str) -> None:
         except playwright.Error:  # between two pages
             return False
 
-    until(script, now, TIMEOUT_MS / 1000)
+    until(now, script)
 
 
 def test_from_the_list_to_a_sample_and_back(visit: Callable[..., Any], server: Server) -> None:

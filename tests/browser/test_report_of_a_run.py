@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from launch import Launch
+from patience import patience
 from place import EXAMPLES, Place
 
 from megatron_dgpo.algorithms.credit import credit_weights
@@ -26,7 +27,7 @@ def run(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = Place(tmp_path_factory.mktemp("quickstart"))
     size = ("--traces", "70", "--train-prompts", "40", "--heldout-prompts", "10")
     command = [sys.executable, str(EXAMPLES / "make_data.py"), "--out", str(place.data), *size]
-    subprocess.run(command, check=True, timeout=100)
+    subprocess.run(command, check=True, timeout=patience())
     (place.data / "model").rename(place.model)
     words = place.words("train", "--train.steps", 3, "--train.prompts_per_step", 4, "--optimizer.lr", 0.01)
     words += ["--train.prompts_per_minibatch", "4", "--observe.credit_every", "1", "--algorithm.tau", "0.02"]

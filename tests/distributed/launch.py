@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+import torch
+from patience import patience, until
+from split_ranks import rank_context
 
 ROOT = Path(__file__).resolve().parents[2]
-LIMIT_SECONDS = 240.0
 
 
 class Launch:
-    """`torchrun --nproc-per-node n -m module words...`, its output in a file."""
+    """`torchrun --nproc-per-node n -m module words...`, its output in a file.
 
-    def __init__(self, module: str, nproc: int, words: Sequence[object], log: Path) -> None:
+    `cold`: by torchrun's command line, each process of which imports everything anew, for ten seconds of a
+    core. Without, torchrun's agent and its ranks are forks of a process that has done so.
+    """
+
+    def __init__(
+        self, module: str, nproc: int, words: Sequence[object], log: Path, *, cold: bool = False
+    ) -> None:
         self.log = log
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += ["--nproc-per-node", str(nproc), "-m", module, *map(str, words)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        with log.open("wb") as file:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
-            )
+        given = module, list(map(str, words))
+        start = _command_line if cold or rank_context().get_start_method() == "spawn" else _Forked
+        self.process: Any = start(nproc, *given, log)
 
     @property
     def output(self) -> str:
@@ -40,26 +46,26 @@ class Launch:
         except psutil.NoSuchProcess:
             return []
 
-    def wait(self, seconds: float = LIMIT_SECONDS) -> int:
-        """The exit status. Ends everything and raises AssertionError after `seconds`."""
+    def wait(self) -> int:
+        """The exit status. Ends everything and raises AssertionError where patience ends first."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(patience())
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"still running after {seconds} s:\n{self.output[-4000:]}") from None
+            raise AssertionError(f"still running after {patience()} s:\n{self.output[-4000:]}") from None
 
     def succeed(self) -> Launch:
         status = self.wait()
         assert status == 0, f"exit status {status}:\n{self.output[-6000:]}"
         return self
 
-    def wait_until(self, condition: Callable[[], bool], seconds: float = LIMIT_SECONDS) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.kill()
-                raise AssertionError(f"ended, or waited in vain:\n{self.output[-4000:]}")
-            time.sleep(0.02)
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        try:
+            until(lambda: condition() or self.process.poll() is not None)
+            assert condition(), "it has ended"
+        except AssertionError as error:
+            self.kill()
+            raise AssertionError(f"{error}:\n{self.output[-4000:]}") from None
 
     def terminate_workers(self) -> None:
         """SIGTERM to every rank, as a cluster's scheduler sends it."""
@@ -77,5 +83,66 @@ class Launch:
                 process.kill()
             except psutil.NoSuchProcess:
                 pass
-        self.process.wait()
-        psutil.wait_procs(family, timeout=30)
+        self.process.wait(patience())
+        psutil.wait_procs(family, timeout=patience())
+
+
+def _command_line(nproc: int, module: str, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(nproc), "-m", module, *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+
+
+class _Forked:
+    """What the tests use of `subprocess.Popen`, of a fork of the server that forks ranks."""
+
+    def __init__(self, nproc: int, module: str, words: list[str], log: Path) -> None:
+        log.touch()
+        given = nproc, module, words, log, dict(os.environ)
+        self._process = rank_context().Process(target=_agent, args=given)
+        self._process.start()
+        self.pid: int = self._process.pid
+        self.kill = self._process.kill
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, seconds: float) -> int:
+        self._process.join(seconds)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("torchrun", seconds)
+        return int(self._process.exitcode)
+
+
+def _agent(nproc: int, module: str, words: list[str], log: Path, environment: Mapping[str, str]) -> None:
+    """What torchrun's command line does once it has read its words."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    with log.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=f"{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="fork",
+    )
+    elastic_launch(config, _rank)(module, words)
+
+
+def _rank(module: str, words: list[str]) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

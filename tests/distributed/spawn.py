@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import patience
 from split_ranks import rank_context
 
 
@@ -73,13 +74,14 @@ def ranks_of(
     ]
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float | None = None) -> list[Any]:
     """Call fn(rank, world_size, *args) on each of `world_size` new processes, in a gloo group.
 
     fn and args travel by pickle, so fn is a module-level function. Returns what each rank returned,
     in rank order. Raises the exception of the rank that failed first, or TimeoutError after `timeout`
-    seconds; no process outlives the call.
+    seconds (none: patience); no process outlives the call.
     """
+    timeout = patience() if timeout is None else timeout
     with tempfile.TemporaryDirectory() as folder:
         processes = ranks_of(fn, world_size, folder, timeout, *args)
         deadline = time.monotonic() + timeout

@@ -14,6 +14,7 @@ import pytest
 import split_check as tool
 import torch
 from launch import ROOT
+from patience import patience
 from split_ranks import RankFailed, run_ranks
 from split_replay import Replay
 from splits import Split
@@ -26,7 +27,7 @@ SETTINGS = """
 path = "{folder}"
 
 [parallel]
-timeout_seconds = 60
+timeout_seconds = {seconds}
 
 [data]
 train = ["{folder}/train.jsonl"]
@@ -69,7 +70,7 @@ def config(tmp_path_factory) -> Path:
     rows = [{"prompt": text, "answer": "b"} for text in ("abc", "hgfedcba", "d", "gaga", "fed")]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "train.toml"
-    path.write_text(SETTINGS.format(folder=folder))
+    path.write_text(SETTINGS.format(folder=folder, seconds=patience()))
     return path
 
 
@@ -78,7 +79,7 @@ def test_every_split_agrees(config, tmp_path):
     command = [sys.executable, "tools/check_split_invariance.py", "--config", config, "--samples", "3"]
     command += ["--response-tokens", "16", "--json", file]
     done = subprocess.run(
-        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience()
     )
     output = done.stdout + done.stderr
     assert done.returncode == 0, output
@@ -217,10 +218,10 @@ def test_first_cause_time_out_and_no_process_left(tmp_path):
     def start(name: str, fn, limit: float) -> None:
         folder = tmp_path / name
         folder.mkdir()
-        run_ranks(fn, 2, folder=folder, collective_seconds=60, limit_seconds=limit)
+        run_ranks(fn, 2, folder=folder, collective_seconds=patience(), limit_seconds=limit)
 
     with pytest.raises(RankFailed, match="rank 1: ValueError: something is wrong here"):
-        start("fail", fail_on_rank_1, 120)
+        start("fail", fail_on_rank_1, patience())
     with pytest.raises(TimeoutError, match="still run after 1 s"):
         start("sleep", sleep_long, 1)
     # The server that forks ranks stays until the caller ends, and no rank does.

@@ -270,8 +270,8 @@ def results(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("checkpoints")
     for tied in (True, False):
         write_model(folder / f"tied{tied}", tied=tied)
-    ranks = run_ranks(two_ranks, 2, folder, timeout=300)
-    alone = run_ranks(one_rank, 1, folder, timeout=300)
+    ranks = run_ranks(two_ranks, 2, folder)
+    alone = run_ranks(one_rank, 1, folder)
     return {key: [rank[key] for rank in world] for world in (ranks, alone) for key in world[0]}
 
 

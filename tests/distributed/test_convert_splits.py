@@ -12,6 +12,7 @@ from pathlib import Path
 import convert_checkpoint
 import pytest
 import torch
+from patience import patience
 from spawn import run_ranks
 from split_ranks import rank_context
 from tiny import FAMILIES, VOCAB, config, hf_model, hf_tensors, sequences, split, write_model
@@ -89,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
                 one = path / original(family, tied, dtype)
                 write_model(one, family=family, tied=tied, dtype=getattr(torch, dtype))
                 import_hf(HFFolder(one), path / f"{one.name}-imported")
-    run_ranks(work, 4, path, timeout=300)
+    run_ranks(work, 4, path)
     return path
 
 
@@ -200,7 +201,7 @@ def test_verify_on_torchruns_ranks(folder, tmp_path, seed, statuses, verdict):
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(100)
+            process.join(patience())
         assert [process.exitcode for process in ranks] == statuses
     finally:
         held.close()

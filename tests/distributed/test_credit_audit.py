@@ -74,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
         make(folder, "dgpo", steps=3, algorithm=dgpo, run={"resume": True}, observe={"credit_every": 2}),
         make(folder, "off", steps=1, algorithm=dgpo, observe={"credit_every": 0}),
     ]
-    run_ranks(work, 1, configs, timeout=200)
+    run_ranks(work, 1, configs)
     out = {c.run.folder.name: c for c in configs}
     two = {
         "TP=2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
@@ -82,7 +82,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
         "DP=2": {},
     }
     splits = {name: make(folder, name, steps=2, algorithm=dgpo, parallel=p) for name, p in two.items()}
-    run_ranks(work, 2, list(splits.values()), timeout=200)
+    run_ranks(work, 2, list(splits.values()))
     return out | splits
 
 

@@ -93,7 +93,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder):
-    ranks = [run_ranks(work, world, folder, timeout=300) for world in WORLDS]
+    ranks = [run_ranks(work, world, folder) for world in WORLDS]
     return {name: [rank[name] for rank in world] for world in ranks for name in world[0]}
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patience
 from spawn import ranks_of, run_ranks
 from split_ranks import rank_context
 from tiny import config, hf_tensors, split, write_model
@@ -31,7 +32,6 @@ SAVES = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)
 """Ranks of the run, of which one is killed."""
 TRIES = 3
 """For each kill that counts."""
-LIMIT_SECONDS = 100.0
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def started(processes: list[BaseProcess]) -> Iterator[None]:
     finally:
         for process in processes:
             process.kill()
-            process.join(LIMIT_SECONDS)
+            process.join(patience())
 
 
 def wait_until(condition: Callable[[], bool], processes: list[BaseProcess]) -> float:
     """The time at which it was so, while all processes run."""
-    deadline = time.monotonic() + LIMIT_SECONDS
+    deadline = time.monotonic() + patience()
     while not condition():
         assert all(process.is_alive() for process in processes), "one has ended"
         assert time.monotonic() < deadline, "waited in vain"
@@ -181,7 +181,7 @@ def kill_a_rank(folder: Path, scratch: Path, world_size: int, which: int, moment
     scratch.mkdir()
     checkpoints = folder / "checkpoints"
     step = max(steps(checkpoints), default=0) + 1
-    ranks = ranks_of(save_for_ever, world_size, str(scratch), LIMIT_SECONDS, folder, scratch)
+    ranks = ranks_of(save_for_ever, world_size, str(scratch), patience(), folder, scratch)
     with started(ranks):
         for rank in range(world_size):
             wait_until((scratch / f"resumed{rank}").exists, ranks)
@@ -191,7 +191,7 @@ def kill_a_rank(folder: Path, scratch: Path, world_size: int, which: int, moment
         time.sleep(moment * seconds)
         ranks[which].kill()
         for process in ranks:
-            process.join(LIMIT_SECONDS)
+            process.join(patience())
         codes = [process.exitcode for process in ranks]
         assert codes == [-signal.SIGKILL if rank == which else 1 for rank in range(world_size)]
     for process in ranks:

@@ -183,7 +183,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder):
-    return run_ranks(work, 2, folder, timeout=300)
+    return run_ranks(work, 2, folder)
 
 
 def speakers(ranks, key, what):

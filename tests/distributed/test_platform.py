@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patience import patience
 from spawn import run_ranks
 from tiny import split
 
@@ -17,7 +18,7 @@ ALONE = SimpleNamespace(
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         context_parallel_size=1,
-        timeout_seconds=60,
+        timeout_seconds=patience(),
     )
 )
 

@@ -222,7 +222,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder):
     """(name, what) -> one result a rank."""
-    ranks = [run_ranks(work, world, folder, timeout=300) for world in WORLDS]
+    ranks = [run_ranks(work, world, folder) for world in WORLDS]
     return {key: [rank[key] for rank in world] for world in ranks for key in world[0]}
 
 

@@ -70,7 +70,7 @@ def work(rank, world_size, folder):
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory):
-    (result,) = run_ranks(work, 1, Path(tmp_path_factory.mktemp("memory")), timeout=300)
+    (result,) = run_ranks(work, 1, Path(tmp_path_factory.mktemp("memory")))
     return result
 
 

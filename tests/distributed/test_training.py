@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 from spawn import run_ranks
 from tiny import hf_tensors, split, write_model, write_tokenizer
 
@@ -56,7 +57,7 @@ def settings(folder: Path, name: str, **more: dict[str, Any]) -> Config:
     raw: dict[str, dict[str, Any]] = {
         "run": {"folder": folder / name, "quiet": True},
         "model": {"path": folder / "model"},
-        "parallel": {"timeout_seconds": 60},
+        "parallel": {"timeout_seconds": patience()},
         "data": {"train": (folder / "train.jsonl",), "apply_chat_template": False},
         "rollout": {"max_new_tokens": 16, "max_batch_size": 8},
         "reward": {"name": "letters"},
@@ -110,8 +111,8 @@ def dynamic(folder: Path) -> list[Config]:
     half = settings(folder, "resumed", **policy, train={"steps": 2})
     resumed = settings(folder, "resumed", **policy, run={"resume": True})
     replicas = settings(folder, "replicas", **policy)
-    run_ranks(train, 1, [whole, half, resumed], timeout=200)
-    run_ranks(train, 2, [replicas], timeout=200)
+    run_ranks(train, 1, [whole, half, resumed])
+    run_ranks(train, 2, [replicas])
     return [whole, resumed, replicas]
 
 
@@ -173,12 +174,12 @@ def ahead(folder: Path) -> dict[str, Config]:
         "resumed": stopped.model_copy(update={"run": stopped.run.model_copy(update={"resume": True})}),
         "dynamic": settings(folder, "ahead-dynamic", **usable, evaluation=heldout(folder)),
     }
-    run_ranks(train, 1, [stopped], 2, timeout=100)
+    run_ranks(train, 1, [stopped], 2)
     assert [row["step"] for row in rows(stopped)] == [1, 2]
-    run_ranks(train, 1, list(runs.values()), timeout=200)
+    run_ranks(train, 1, list(runs.values()))
     two = settings(folder, "ahead-tp", **AHEAD, parallel={"tensor_model_parallel_size": 2})
     replicas = settings(folder, "ahead-dp", **AHEAD)
-    run_ranks(train, 2, [two, replicas], timeout=200)
+    run_ranks(train, 2, [two, replicas])
     return runs | {"TP=2": two, "DP=2": replicas}
 
 

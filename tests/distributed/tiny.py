@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from patience import patience
 from torch import Tensor
 
 from megatron_dgpo import platform
@@ -144,7 +145,7 @@ def config(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
             sequence_parallel=sp,
-            timeout_seconds=60,
+            timeout_seconds=patience(),
         ),
         data=DataConfig(train=(model / "unused",)),
         reward=RewardConfig(name="exact_match"),

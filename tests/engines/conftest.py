@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import patience
 from tiny import write_model
 
 from megatron_dgpo.config import LaunchConfig
@@ -58,7 +59,7 @@ def servers(
             log = logs / f"{name}.log"
             made[name] = ServerProcess(folder, launch, number=n, dtype="float32", log_file=log)
         for server in made.values():
-            server.wait_ready(180)
+            server.wait_ready(patience())
         yield made
     finally:
         stop_servers(made.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from patience import patience
 from sync_ranks import SMALL, Trainer, reference_log_probs, tensors
 from tiny import VOCAB, config, split
 
@@ -64,11 +65,11 @@ def _drawn(trainer: Trainer) -> list[Sample]:
     with ThreadPoolExecutor(1) as pool:
         drawing = pool.submit(trainer.engine.generate, prompts, params, on_progress=on_progress)
         drawing.add_done_callback(lambda _: begun.set())  # or it failed
-        assert begun.wait(100)
+        assert begun.wait(patience())
         if drawing.done():
             drawing.result()
         trainer.sync.push(2)
-        return [s for g in drawing.result(120) if g is not None for s in g.samples]
+        return [s for g in drawing.result(patience()) if g is not None for s in g.samples]
 
 
 def _complete(sample: Sample) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from patience import patience
 
 Ask = Callable[[str, Any], Awaitable[web.Response]]
 """Path and payload -> what the real server answers."""
@@ -56,7 +57,7 @@ def stand_in(real: str, answer: Answer) -> Iterator[tuple[str, list[str]]]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(serve(), loop).result(30)}", calls
+        yield f"http://127.0.0.1:{asyncio.run_coroutine_threadsafe(serve(), loop).result(patience())}", calls
     finally:
         loop.call_soon_threadsafe(loop.stop)
         thread.join()

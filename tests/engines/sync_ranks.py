@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from patience import patience
 from tiny import config, split
 from torch import Tensor
 
@@ -174,6 +176,11 @@ def _differences(trainer: Trainer, ids: list[list[int]], weights: dict[str, Tens
     )
 
 
+def more_than(seconds: float, least: float) -> int:
+    """A time-out that a test waits for, and that does not end what took so many seconds before."""
+    return math.ceil(max(least, 8 * seconds))
+
+
 def process_at(url: str) -> int:
     """The main process of the server that listens at a URL."""
     port = int(url.rsplit(":", 1)[1])
@@ -219,8 +226,8 @@ def refused(rank: int, world: int, folder: Path, url: str) -> str:
 def managed_server_killed_twice(rank: int, world: int, folder: Path, python: Path) -> dict[str, Any]:
     """A managed server is killed while it draws, and its successor in the middle of a sync."""
     c = config(folder)
-    launch = LaunchConfig(python=python, startup_timeout_seconds=180, args={"max_running_requests": 2})
-    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=60)
+    launch = LaunchConfig(python=python, startup_timeout_seconds=patience(), args={"max_running_requests": 2})
+    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=patience())
     seen: dict[str, Any] = {}
     with split(c) as groups:
         trainer = Trainer(folder, groups, c, SGLangConfig(launch=launch), sync)
@@ -281,9 +288,11 @@ def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str,
     c = config(folder)
     seen: dict[str, Any] = {}
     with split(c) as groups:
-        sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=8)
+        sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=patience())
         trainer = Trainer(folder, groups, c, SGLangConfig(urls=urls), sync)
+        started = time.monotonic()
         trainer.sync.push(1)
+        limit = more_than(time.monotonic() - started, 8)
         trainer.change_weights(5)
         pid = process_at(urls[0])
         stopped = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
@@ -298,6 +307,8 @@ def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str,
             stream = stage_buckets(trainer.policy.model, groups, bucket_bytes=SMALL)
             return interrupted(stream, 2, stop if next(first_try, False) else None)
 
+        assert trainer.engine.transport is not None
+        trainer.engine.transport.timeout_seconds = trainer.engine._timeout = limit  # type: ignore[attr-defined]
         started = time.monotonic()
         trainer.engine.update_weights_by_stage(buckets, 2)
         seen["seconds"] = time.monotonic() - started
@@ -320,14 +331,14 @@ def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str,
 
 def waits_in_a_broadcast(folder: Path, python: Path, note: Path) -> None:
     """Start a server, let it wait for a broadcast that never comes, and say so."""
-    launch = LaunchConfig(python=python, startup_timeout_seconds=180)
+    launch = LaunchConfig(python=python, startup_timeout_seconds=patience())
     server = ServerProcess(folder, launch, number=0, dtype="float32", log_file=folder / "waits.log")
-    server.wait_ready(180)
+    server.wait_ready(patience())
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     client = SGLangClient(
         [server.url],
         max_concurrency=1,
-        request_timeout=60,
+        request_timeout=patience(),
         retries=0,
         decode=str,
         vocab_size=8,
@@ -339,9 +350,9 @@ def waits_in_a_broadcast(folder: Path, python: Path, note: Path) -> None:
         name="never",
         address="127.0.0.1",
         device=torch.device("cpu"),
-        timeout_seconds=60,
+        timeout_seconds=patience(),
     )
-    client.submit(server.url, "/begin_weight_update", {"selector": "all"}, timeout=30).result()
+    client.submit(server.url, "/begin_weight_update", {"selector": "all"}, timeout=patience()).result()
     payload = dict(
         names=["model.norm.weight"],
         dtypes=["float32"],

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 
 from megatron_dgpo import platform
 from megatron_dgpo.config import LaunchConfig, SGLangConfig, SyncConfig
@@ -30,7 +31,7 @@ class Gather:
     def __init__(self) -> None:
         self.after: dict[tuple[int, int], Any] = {}
         self.counts = [0] * RANKS
-        self._barrier = threading.Barrier(RANKS, timeout=10)
+        self._barrier = threading.Barrier(RANKS, timeout=patience())
         self._values: list[Any] = [None] * RANKS
 
     def __call__(self, value: Any, rank: int) -> list[Any]:
@@ -198,7 +199,7 @@ def test_new_weights_may_draw_before_a_rank_knows_that_they_are_complete(
 
     monkeypatch.setattr(Session, "resume", resume)
     # Of as many gathers again, the last is after that.
-    ranks.gather.after[1, 2 * ranks.gather.counts[1] - 1] = lambda: resumed.wait(10)
+    ranks.gather.after[1, 2 * ranks.gather.counts[1] - 1] = lambda: resumed.wait(patience())
     ranks.update(4)
     assert seen == [4, 4] and resumed.is_set()
     ranks.close()

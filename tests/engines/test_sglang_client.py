@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from aiohttp import web
 from conftest import CONFIG_EOS
+from patience import patience
 from tiny import VOCAB, hf_model
 
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
@@ -35,7 +37,7 @@ PROMPTS = [Prompt(f"p{i}", tuple((3 * i + k) % VOCAB for k in range(i + 1)), "",
 def client_of(*urls: str, **more: Any) -> Iterator[SGLangClient]:
     settings = dict(
         max_concurrency=64,
-        request_timeout=60,
+        request_timeout=patience(),
         retries=2,
         decode=lambda ids: " ".join(map(str, ids)),
         vocab_size=VOCAB,
@@ -55,7 +57,7 @@ def urls(servers: dict[str, ServerProcess]) -> dict[str, str]:
     found = {name: server.url for name, server in servers.items()}
     with client_of(*found.values()) as client:
         for url in found.values():
-            client.submit(url, "/update_weight_version", {"new_version": "0"}, timeout=30).result()
+            client.submit(url, "/update_weight_version", {"new_version": "0"}, timeout=patience()).result()
     return found
 
 
@@ -170,7 +172,7 @@ def test_a_call_can_be_ended_early(urls: dict[str, str]) -> None:
         # Nothing is left behind that the next call would wait for.
         started = time.monotonic()
         complete(client.generate(PROMPTS[:1], SamplingParams(max_new_tokens=1)))
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < patience(100)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +221,11 @@ def serving(handle: Callable[[web.Request], Any]) -> Iterator[str]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     asyncio.run_coroutine_threadsafe(serve(), loop)
-    assert ready.wait(10)
+    assert ready.wait(patience())
     try:
         yield f"http://127.0.0.1:{ports[0]}"
     finally:
-        asyncio.run_coroutine_threadsafe(end(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(end(), loop).result(patience())
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
 
@@ -314,7 +316,7 @@ def test_failures_of_requests_that_run_at_once_do_not_add_up(failure: Any, urls:
     async def blip() -> Any:
         if next(arrived) == 12:
             all_there.set()
-        await asyncio.wait_for(all_there.wait(), 30)
+        await asyncio.wait_for(all_there.wait(), patience())
         return failure(status=503, text="oh")
 
     def fault(number: int, answer: Any) -> Any:
@@ -364,12 +366,17 @@ def test_control_calls_do_not_meet_a_connection_that_was_closed_meanwhile() -> N
     with client_of() as client:
         url = client._http.run(serve())
         for _ in range(3):
-            assert client.submit(url, "/continue_generation", timeout=10).result() == {}
+            assert client.submit(url, "/continue_generation", timeout=patience()).result() == {}
     assert len(seen) == 3
 
 
+def impatient_with(url: str, request: Any, to: str, *args: Any, timeout: float, **more: Any) -> Any:
+    """Only this server's time is short: the others may be as slow as the machine."""
+    return request(to, *args, timeout=2 if to == url else timeout, **more)
+
+
 async def _late(answer: Any) -> Any:
-    await asyncio.sleep(5)
+    await asyncio.sleep(3600)
     return answer
 
 
@@ -382,8 +389,11 @@ async def _late(answer: Any) -> Any:
     ],
     ids=["status 500", "connection dropped", "slow"],
 )
-def test_a_server_that_keeps_failing_is_left_out(fault: Any, says: str, urls: dict[str, str]) -> None:
-    with between(urls["qwen2"], fault) as url, client_of(url, urls["ends"], request_timeout=2) as client:
+def test_a_server_that_keeps_failing_is_left_out(
+    fault: Any, says: str, urls: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with between(urls["qwen2"], fault) as url, client_of(url, urls["ends"]) as client:
+        monkeypatch.setattr(client._http, "request", partial(impatient_with, url, client._http.request))
         groups = complete(client.generate(PROMPTS, FEW))
         assert [len(g.samples) for g in groups] == [2] * 6
         assert client.live == [urls["ends"]] and says in client.dead[url]
@@ -535,7 +545,7 @@ def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(urls: dic
     with (
         between(urls["qwen2"], lambda number, answer: _late(answer) if number == 1 else answer) as worker,
         serving(Router([worker, urls["ends"]]).handle) as url,
-        client_of(worker, urls["ends"], generate_url=url, request_timeout=2) as client,
+        client_of(worker, urls["ends"], generate_url=url, request_timeout=6) as client,
     ):
         groups = complete(client.generate(PROMPTS, FEW))
         assert [len(g.samples) for g in groups] == [2] * 6

@@ -10,34 +10,37 @@ from pathlib import Path
 
 import pytest
 import trouble_ranks
+from patience import patience
 from spawn import run_ranks
 
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
 
 BOUND = 1e-4
+SOON = patience(300)
+"""Without waiting for a time-out, which is patience() where a test does not say another."""
 
 
 def test_a_server_that_does_not_join_takes_no_other_down(
     folders: dict[str, Path], servers: dict[str, ServerProcess]
 ) -> None:
     given = folders["llama"], servers["llama"].url
-    (seen,) = run_ranks(trouble_ranks.beside_one_that_does_not_join, 1, *given, timeout=200)
+    (seen,) = run_ranks(trouble_ranks.beside_one_that_does_not_join, 1, *given)
     refused, url = seen["refuses"], seen["url"]
     assert f"{refused['other']} refused a weight update" in refused["error"] and not refused["dead"]
     assert url not in refused["error"]
     assert seen["alone"]["difference"] <= BOUND
     hung = seen["hangs"]
     assert hung["left"] == [url] and hung["difference"] <= BOUND and not hung["error"]
-    assert refused["seconds"] < 10 and hung["seconds"] < 60, seen
-    assert seen["alone"]["closing"] < 6, seen
+    assert refused["seconds"] < SOON and hung["seconds"] < SOON, seen
+    assert seen["alone"]["closing"] < SOON, seen
 
 
 def test_servers_without_sessions_and_servers_that_fail(
     folders: dict[str, Path], servers: dict[str, ServerProcess]
 ) -> None:
     given = folders["llama"], servers["llama"].url
-    (seen,) = run_ranks(trouble_ranks.other_servers, 1, *given, timeout=200)
+    (seen,) = run_ranks(trouble_ranks.other_servers, 1, *given)
     old = seen["without sessions"]
     assert old["difference"] <= BOUND and not old["error"]
     assert "/end_weight_update" not in old["calls"]
@@ -45,7 +48,7 @@ def test_servers_without_sessions_and_servers_that_fail(
         failed = seen[name]
         assert failed["error"].startswith(f"{failed['url']} refused a weight update"), failed
         assert f"{path} answered 500: made to fail" in failed["error"]
-        assert failed["seconds"] < 20, failed
+        assert failed["seconds"] < SOON, failed
         # Drawing was stopped once, and goes on.
         assert failed["calls"].count("/pause_generation") == 1
         assert failed["calls"][-1] == "/continue_generation"
@@ -66,9 +69,9 @@ def test_a_tensor_parallel_server_beside_a_small_one(
     launch = LaunchConfig(python=sglang_python, tensor_parallel_size=2)
     wide = ServerProcess(folders["llama"], launch, number=0, dtype="float32", log_file=tmp_path / "log")
     try:
-        wide.wait_ready(300)
+        wide.wait_ready(patience())
         urls = (wide.url, servers["llama"].url)
-        seen = run_ranks(trouble_ranks.from_stages, 2, folders["llama"], urls, timeout=120)[0]
+        seen = run_ranks(trouble_ranks.from_stages, 2, folders["llama"], urls)[0]
     finally:
         wide.stop()
     assert seen["left"] == list(urls) and seen["difference"] <= BOUND, seen
@@ -78,7 +81,11 @@ def test_servers_killed_while_a_stage_sends_are_started_again(
     folders: dict[str, Path], sglang_python: Path
 ) -> None:
     by_rank = run_ranks(
-        trouble_ranks.managed_servers_killed_at_each_stage, 4, folders["qwen3"], sglang_python, timeout=580
+        trouble_ranks.managed_servers_killed_at_each_stage,
+        4,
+        folders["qwen3"],
+        sglang_python,
+        timeout=patience(1800),
     )
     seen = by_rank[0]
     assert max(map(max, seen["differences"])) <= BOUND and len(seen["differences"]) == 3

@@ -17,7 +17,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(
     folders: dict[str, Path], servers: dict[str, ServerProcess]
 ) -> None:
     given = folders["qwen3"], servers["qwen3"].url, ("retract", "abort")
-    ranks = run_ranks(flight_ranks.sync_while_drawing, 2, *given, timeout=300)
+    ranks = run_ranks(flight_ranks.sync_while_drawing, 2, *given)
     for seen in ranks:
         for way, samples in seen.items():
             assert samples["complete"] and len(samples["spans"]) == 8 * 48, way

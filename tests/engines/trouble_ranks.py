@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import stand_in
+from patience import patience
 from stand_in import Answer
-from sync_ranks import SMALL, Trainer, _differences, interrupted, kill, process_at, tensors
+from sync_ranks import SMALL, Trainer, _differences, interrupted, kill, more_than, process_at, tensors
 from tiny import config, split
 
 from megatron_dgpo.config import LaunchConfig, SGLangConfig, SyncConfig
@@ -25,10 +26,10 @@ UPDATE = "/update_weights_from_distributed"
 
 
 def pushed(
-    folder: Path, groups: Any, c: Any, urls: tuple[str, ...], seed: int, timeout: int
+    folder: Path, groups: Any, c: Any, urls: tuple[str, ...], seed: int, timeout: int | None = None
 ) -> dict[str, Any]:
     """What a sync of new weights to these servers ends with."""
-    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=timeout)
+    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=timeout or patience())
     trainer = Trainer(folder, groups, c, SGLangConfig(urls=urls), sync)
     seen: dict[str, Any] = {"error": ""}
     started = time.monotonic()
@@ -54,13 +55,13 @@ def beside_one_that_does_not_join(rank: int, world: int, folder: Path, url: str)
     c = config(folder)
     seen: dict[str, Any] = {"url": url}
     with split(c) as groups:
-        for name, status, timeout in (("refuses", 400, 60), ("hangs", 0, 5)):
-            with stand_in.stand_in(url, stand_in.dummy({JOIN: status})) as (other, _):
-                transport._GRACE_SECONDS = 15.0 if status else 4.0  # which passes where one hangs
-                seen[name] = pushed(folder, groups, c, (url, other), 20, timeout)
-                seen[name]["other"] = other
-            if name == "refuses":
-                seen["alone"] = pushed(folder, groups, c, (url,), 21, 60)
+        with stand_in.stand_in(url, stand_in.dummy({JOIN: 400})) as (other, _):
+            seen["refuses"] = pushed(folder, groups, c, (url, other), 20) | {"other": other}
+        seen["alone"] = pushed(folder, groups, c, (url,), 21)
+        with stand_in.stand_in(url, stand_in.dummy({JOIN: 0})) as (other, _):
+            transport._GRACE_SECONDS = 4.0  # which passes where one hangs
+            timeout = more_than(seen["alone"]["seconds"], 5)
+            seen["hangs"] = pushed(folder, groups, c, (url, other), 20, timeout) | {"other": other}
     return seen
 
 
@@ -76,9 +77,9 @@ def other_servers(rank: int, world: int, folder: Path, url: str) -> dict[str, An
     with split(c) as groups:
         for name, answer in kinds.items():
             with stand_in.stand_in(url, answer) as (front, calls):
-                seen[name] = pushed(folder, groups, c, (front,), 30, 60)
+                seen[name] = pushed(folder, groups, c, (front,), 30)
                 seen[name] |= {"url": front, "calls": list(calls)}
-            seen[f"after {name}"] = pushed(folder, groups, c, (url,), 31, 60)
+            seen[f"after {name}"] = pushed(folder, groups, c, (url,), 31)
     return seen
 
 
@@ -86,8 +87,8 @@ def managed_servers_killed_at_each_stage(rank: int, world: int, folder: Path, py
     """Two managed servers; the first is killed while stage 0 sends, the second while stage 1 does, and in
     the end the first again, while nothing happens."""
     c = config(folder, tp=2, pp=2)
-    launch = LaunchConfig(python=python, startup_timeout_seconds=180, count=2)
-    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=60)
+    launch = LaunchConfig(python=python, startup_timeout_seconds=patience(), count=2)
+    sync = SyncConfig(bucket_bytes=SMALL, timeout_seconds=patience())
     seen: dict[str, Any] = {"differences": [], "pids": [], "probed": []}
     with split(c) as groups:
         trainer = Trainer(folder, groups, c, SGLangConfig(launch=launch, retries=0), sync)
@@ -136,7 +137,7 @@ def to_servers(rank: int, world: int, folder: Path, urls: tuple[str, ...], **siz
     """A sync from a trainer of this split, and how far the servers' log-probs are off."""
     c = config(folder, **sizes)  # type: ignore[arg-type]
     with split(c) as groups:
-        return pushed(folder, groups, c, urls, 50, 60)
+        return pushed(folder, groups, c, urls, 50)
 
 
 def from_stages(rank: int, world: int, folder: Path, urls: tuple[str, ...]) -> dict[str, Any]:

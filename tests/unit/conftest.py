@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patience
 from place import EXAMPLES, TORCHRUN, Place
 
 
@@ -16,7 +17,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("original")
     size = ("--traces", 70, "--train-prompts", 40, "--heldout-prompts", 10)
     command = [sys.executable, EXAMPLES / "make_data.py", "--out", folder / "data", *size]
-    subprocess.run([str(word) for word in command], check=True, timeout=100)
+    subprocess.run([str(word) for word in command], check=True, timeout=patience())
     (folder / "data" / "model").rename(folder / "model")
     return Place(folder)
 

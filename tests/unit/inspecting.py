@@ -11,7 +11,6 @@ import select
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from urllib.parse import urlencode
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from patience import patience
 
 from megatron_dgpo.observe import credit_log, jsonl
 
@@ -146,7 +146,7 @@ class Server:
         self, path: str, query: dict[str, Any] | None = None, *, method: str = "GET", **headers: str
     ) -> Answer:
         """The path is sent as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=patience())
         try:
             connection.putrequest(
                 method, path + (f"?{urlencode(query)}" if query else ""), skip_host="Host" in headers
@@ -163,7 +163,7 @@ class Server:
         """(exit status, what it wrote to stderr)."""
         if self.process.poll() is None:
             self.process.send_signal(number)
-        _, errors = self.process.communicate(timeout=30)
+        _, errors = self.process.communicate(timeout=patience())
         return self.process.returncode, errors
 
 
@@ -179,7 +179,7 @@ def inspector(folder: Path, *arguments: str) -> Iterator[Server]:
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], 60)
+        ready, _, _ = select.select([process.stdout], [], [], patience())
         line = process.stdout.readline() if ready else ""
         match = re.search(r"http://\S+/", line)
         if match is None:
@@ -190,13 +190,3 @@ def inspector(folder: Path, *arguments: str) -> Iterator[Server]:
         if process.poll() is None:
             process.kill()
         process.communicate()
-
-
-def until(what: str, condition: Any, seconds: float = 30.0) -> Any:
-    """The condition's value as soon as it is true."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not in {seconds:g} s: {what}")

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from patience import patience
 
 from megatron_dgpo.observe import credit_log
 from megatron_dgpo.observe.credit_log import CreditWriter
@@ -62,7 +63,7 @@ def _wait(log: CreditWriter) -> None:
         raise ValueError("nothing to write")
 
     log._said.add("error")
-    assert log.put(0, {}, rows) and idle.wait(30)
+    assert log.put(0, {}, rows) and idle.wait(patience())
 
 
 def test_rows_come_back(tmp_path: Path) -> None:
@@ -200,11 +201,11 @@ def test_a_slow_disk_costs_steps_and_not_time(
 
     def pieces(ids: Sequence[int]) -> list[str]:
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(patience())
         return letters(ids)
 
     log = writer(tmp_path, pieces=pieces)
-    assert log.put(1, SETTINGS, lambda: [response()]) and begun.wait(30)
+    assert log.put(1, SETTINGS, lambda: [response()]) and begun.wait(patience())
     with caplog.at_level(logging.WARNING):
         assert [log.put(step, SETTINGS, lambda: [response()]) for step in (2, 3, 4, 5)] == [
             True,
@@ -216,7 +217,7 @@ def test_a_slow_disk_costs_steps_and_not_time(
     assert [r.message.split("; ")[-1] for r in caplog.records][0] == "step 4 is left out (said once)"
     assert len(caplog.records) == 2 and "still writing after 0.01 s" in caplog.records[1].message
     go_on.set()
-    log.close()
+    log.close(patience())
     assert [credit_log.step_of(path) for path in credit_log.files(tmp_path)] == [1, 2, 3]
 
 
@@ -226,7 +227,7 @@ def test_no_torch_and_no_pyarrow_at_import() -> None:
         "print(sorted({'torch', 'pyarrow'} & sys.modules.keys()))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(), check=True
     )
     assert done.stdout.strip() == "[]"
 

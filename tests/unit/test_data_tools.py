@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet as pq
 import pytest
 from hub import SHA, Hub
+from patience import patience
 
 from megatron_dgpo.config.sources import HubDataset, parse_source
 from megatron_dgpo.rewards.exact import ExactMatch
@@ -242,7 +243,7 @@ def test_a_data_set_of_the_hub(tmp_path: Path) -> None:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patience(),
         )
         assert any("resolve" in request and "test.jsonl" in request for request in hub.requests)
     assert [line for line in done.stdout.splitlines() if line.isdigit()] == ["0", "2", "2"], done.stderr

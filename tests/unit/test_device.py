@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patience
 from place import TORCHRUN
 from tiny import write_model, write_tokenizer
 
@@ -29,7 +30,6 @@ torch.cuda.is_available = lambda: count() > 0
 sys.argv.pop(0)
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-LIMIT_SECONDS = 600
 
 
 def run(gpus: int, words: list[object], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +38,7 @@ def run(gpus: int, words: list[object], **environment: str) -> subprocess.Comple
     env.pop("CUDA_VISIBLE_DEVICES", None)
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-W", "ignore", "-c", FAKED, str(gpus), *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=LIMIT_SECONDS)
+    return subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True, timeout=patience())
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_the_quick_start_asks_for_what_the_machine_has(device, gpus, engine, npr
     env = {**os.environ, "PATH": f"{stand_in.parent}:{os.environ['PATH']}", "QUICKSTART_OUT": str(tmp_path)}
     env |= {"QUICKSTART_ENGINE": engine, **({"QUICKSTART_DEVICE": device} if device else {})}
     script = ["bash", str(ROOT / "examples/quickstart/run.sh")]
-    subprocess.run(script, env=env, check=True, capture_output=True, timeout=LIMIT_SECONDS)
+    subprocess.run(script, env=env, check=True, capture_output=True, timeout=patience())
     asked = (tmp_path / "asked").read_text().splitlines()
     assert len(asked) == 2
     for words in asked:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 import pytest
+from patience import patience
 
 from megatron_dgpo.evaluation.scoring import Scoring
 from megatron_dgpo.rewards import build_reward
@@ -43,7 +44,7 @@ def test_drawing_goes_on_while_a_reward_takes_its_time() -> None:
     free, kept = threading.Event(), []
 
     def score(samples: Sequence[Sample]) -> None:
-        assert free.wait(60)
+        assert free.wait(patience())
 
     with Scoring(score, kept.append) as scoring:
         for group in groups(5):
@@ -70,7 +71,7 @@ def test_an_error_stops_the_engine_and_is_raised(where: str) -> None:
     with pytest.raises(RuntimeError, match="the workers do not start"), Scoring(score, keep) as scoring:
         for group in groups(2):
             scoring.on_group(group)
-        scoring._thread.join(60)  # it ends by itself: the engine need not finish first
+        scoring._thread.join(patience())  # it ends by itself: the engine need not finish first
         stopped = scoring.failed()
         scoring.on_group(groups(3)[2])
     assert stopped and [group.prompt.id for group in kept] == ["p:0"]
@@ -84,15 +85,17 @@ def test_what_came_is_kept_where_the_engine_fails_and_dropped_where_the_user_sto
             samples: Sequence[Sample], free: threading.Event = free, begun: threading.Event = begun
         ) -> None:
             begun.set()
-            assert free.wait(60)
+            assert free.wait(patience())
 
         with pytest.raises(error), Scoring(score, kept.append) as scoring:
             for group in groups(5):
                 scoring.on_group(group)
-            assert begun.wait(60)
+            assert begun.wait(patience())
             if error is ValueError:
                 free.set()
             else:  # the one that is being scored is finished, when the block ends
-                threading.Timer(0.2, free.set).start()
+                threading.Thread(
+                    target=lambda s=scoring, f=free: s._dropped.wait(patience()) and f.set()
+                ).start()
             raise error
         assert len(kept) == count

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+from patience import patience, until
 from tiny import write_model, write_tokenizer
 
 from megatron_dgpo.cli import compose, keys, load, validate
@@ -69,7 +70,7 @@ def test_every_file_loads(file: Path) -> None:
 def test_every_folder_has_what_it_takes(folder: Path) -> None:
     assert len((folder / "README.md").read_text().split()) > 20
     assert list(folder.glob("*.toml"))
-    subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True, timeout=20)
+    subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True, timeout=patience())
     script = (folder / "run.sh").read_text()
     assert script.startswith("#!/usr/bin/env bash") and "set -euo pipefail" in script
     # What the script and the README name is there.
@@ -104,7 +105,12 @@ def test_the_steps_around_the_math_recipes(tmp_path: Path) -> None:
     def run(script: str, *words: str) -> str:
         command = ["bash", str(EXAMPLES / script), *words]
         done = subprocess.run(
-            command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=200
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=patience(),
         )
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -131,7 +137,7 @@ def stubs(folder: Path, **scripts: str) -> dict[str, str]:
 def bash(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = ["bash", str(EXAMPLES / script)]
     return subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=patience()
     )
 
 
@@ -179,29 +185,28 @@ def test_the_slurm_job_has_the_trainers_status_and_ends_the_servers(status: int,
     """`scancel` would end them too, but then the job counts as cancelled, whatever came of it."""
     srun = """
     echo "$@" >> "$HERE/calls"
-    case "$*" in *launch_server*) echo $$ > "$HERE/pid"; exec sleep 120;; esac
+    case "$*" in *launch_server*) echo $$ > "$HERE/pid"; exec sleep 3600;; esac
     exit "$STATUS"
     """
     environment = stubs(
         tmp_path / "bin",
         srun=srun,
         scontrol='printf "n%d\\n" 1 2 3 4 5 6',
-        curl='for _ in $(seq 200); do [ -s "$HERE/pid" ] && exit 0; sleep 0.1; done; exit 1',
+        curl='for _ in $(seq 6000); do [ -s "$HERE/pid" ] && exit 0; sleep 0.1; done; exit 1',
         scancel='echo scancel >> "$HERE/calls"',
     )
     done = bash("qwen2.5-32b/slurm.sh", environment | {"STATUS": str(status), "SLURM_JOB_NODELIST": "n[1-6]"})
     assert done.returncode == status, done.stderr
     calls = (tmp_path / "bin" / "calls").read_text()
     assert "--nodelist=n1,n2 " in calls and "--nodelist=n3,n4,n5,n6 " in calls and "scancel" not in calls
+    until(lambda: has_ended(int((tmp_path / "bin" / "pid").read_text())), "the server's end")
+
+
+def has_ended(pid: int) -> bool:
     try:
-        server = psutil.Process(int((tmp_path / "bin" / "pid").read_text()))
-        server.wait(timeout=20)
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE  # where nobody collects orphans
     except psutil.NoSuchProcess:
-        pass
-    except psutil.TimeoutExpired:  # where nobody collects orphans
-        ended = server.status() == psutil.STATUS_ZOMBIE
-        server.kill()
-        assert ended
+        return True
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +214,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("quickstart")
     words = ["--out", out, "--traces", 50, "--train-prompts", 40, "--heldout-prompts", 10]
     command = [sys.executable, EXAMPLES / "quickstart" / "make_data.py", *words]
-    subprocess.run([str(word) for word in command], check=True, timeout=60)
+    subprocess.run([str(word) for word in command], check=True, timeout=patience())
     return out
 
 

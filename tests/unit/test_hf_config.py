@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 
 from megatron_dgpo.mcore import hf_fields
 from megatron_dgpo.mcore.hf_config import FAMILIES, IDENTITY, ModelShape, RopeScaling, remarks
@@ -351,7 +352,12 @@ def test_transformers_is_asked_without_being_imported_and_only_where_there_is_a_
         "print([m for m in ('torch', 'transformers', 'megatron', 'numpy') if m in sys.modules])\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, cwd=ROOT, env=os.environ
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=patience(),
+        cwd=ROOT,
+        env=os.environ,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

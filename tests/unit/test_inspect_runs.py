@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from inspecting import append, metrics_row, write_run
+from patience import patience
 
 from megatron_dgpo.observe import jsonl
 from megatron_dgpo.observe.inspect import follow, runs
@@ -86,13 +87,13 @@ def test_a_lock_that_is_held_is_seen_and_never_taken(tmp_path: Path) -> None:
     thread = threading.Thread(target=look)
     thread.start()
     try:
-        assert looked.wait(30)
+        assert looked.wait(patience())
         for _ in range(200):
             with (run / ".lock").open("w") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         stop.set()
-        thread.join(timeout=30)
+        thread.join(timeout=patience())
 
 
 def test_lock_table() -> None:
@@ -280,7 +281,7 @@ def test_work_under_way_is_done_once_and_errors_are_not_kept() -> None:
     def make() -> bytes:
         calls.append(1)
         begun.set()
-        assert go.wait(30)
+        assert go.wait(patience())
         if len(calls) == 1:
             raise OSError("the first one fails")
         return b"made"

@@ -27,10 +27,10 @@ from inspecting import (
     inspector,
     metrics_row,
     response,
-    until,
     write_credit,
     write_run,
 )
+from patience import patience, until
 
 from megatron_dgpo.observe import jsonl
 from megatron_dgpo.observe.inspect import guard, runs, views
@@ -199,7 +199,7 @@ def test_no_path_leads_out(server: Server, root: Path) -> None:
         for raw in (urllib.parse.quote(name, safe=""), urllib.parse.quote(name, safe="/%.~\\;:")):
             for prefix in ("/assets/", "/", "/api/", "/run/"):
                 refused(server.get(prefix + raw), 400, 404)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=patience()) as connection:
         connection.sendall(
             b"GET /../../../etc/passwd HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
         )
@@ -297,7 +297,7 @@ def test_foreign_hosts_are_refused(server: Server) -> None:
         refused(server.get("/", Host=host), 403)
     for host in ("", "localhost:x", ":80"):
         refused(server.get("/api/runs", Host=host), 400)
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=patience()) as connection:
         connection.sendall(b"GET /api/runs HTTP/1.0\r\n\r\n")
         with connection.makefile("rb") as file:
             assert b" 400 " in file.readline()
@@ -316,7 +316,7 @@ def test_every_answer_has_the_headers(server: Server) -> None:
 def test_garbage_is_no_request(server: Server) -> None:
     dice = random.Random(3)
     for content in (b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", dice.randbytes(4000), b"GET / HTTP/9.9\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=patience()) as connection:
             connection.sendall(content + b"\r\n\r\n")
             connection.shutdown(socket.SHUT_WR)
             with connection.makefile("rb") as file:
@@ -417,7 +417,7 @@ def test_a_run_that_is_deleted(server: Server, root: Path) -> None:
         refused(answer, 404)
         assert "there is no run 'deleted'" in answer.error
     listed = lambda: [run["name"] for run in server.get("/api/runs").json["runs"]]  # noqa: E731
-    until("the list without it", lambda: "deleted" not in listed())
+    until(lambda: "deleted" not in listed(), "the list without it")
 
 
 def test_one_bad_run_is_no_trouble_for_the_others(tmp_path: Path) -> None:
@@ -487,7 +487,7 @@ def test_ten_clients_while_runs_come_grow_and_go(server: Server, root: Path) -> 
             write()
         finally:
             stop.set()
-        assert all(done.result(timeout=60) > 0 for done in reading)
+        assert all(done.result(timeout=patience()) > 0 for done in reading)
     assert not problems, problems[:3]
 
 
@@ -567,7 +567,11 @@ def test_what_cannot_start_says_why(tmp_path: Path, capsys: pytest.CaptureFixtur
         wanted += "or 0 for any free one"
         assert said(tmp_path, "--port", str(port)) == wanted + "\n"
         done = subprocess.run(
-            command(tmp_path, "--port", str(port)), capture_output=True, text=True, timeout=60, cwd=ROOT
+            command(tmp_path, "--port", str(port)),
+            capture_output=True,
+            text=True,
+            timeout=patience(),
+            cwd=ROOT,
         )
         assert (done.returncode, done.stderr) == (2, wanted + "\n")
     assert "no address of this machine" in said(tmp_path, "--host", "192.0.2.1", "--port", "0")

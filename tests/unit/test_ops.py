@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from patience import patience
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_dgpo.ops import linear_token_stats, token_stats
@@ -482,7 +483,7 @@ def test_fused_needs_a_gpu_or_the_interpreter():
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=patience()
     )
     assert run.returncode == 1
     assert "ValueError: impl='fused': tensors on cpu: needs a CUDA device" in run.stderr
@@ -494,7 +495,7 @@ def test_fused_needs_triton():
         "token_stats(torch.zeros(1, 4), torch.tensor([0])); "
         "token_stats(torch.zeros(1, 4), torch.tensor([0]), impl='fused')"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience())
     assert run.returncode == 1 and "ValueError: impl='fused': Triton is not installed" in run.stderr
 
 
@@ -553,4 +554,4 @@ def test_imports_without_megatron_or_sglang():
         "import sys; sys.modules['megatron'] = sys.modules['sglang'] = None; "
         "import megatron_dgpo.ops, megatron_dgpo.algorithms"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=patience())

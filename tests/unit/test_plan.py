@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import patience
 from tiny import write_model, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -149,7 +150,9 @@ def test_the_recipes_scripts_run_dry(
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DRY_RUN": "1"}
     for variable in ("MODEL", "DATA", "HELDOUT", "NPROC", "NNODES", "SERVERS", "ALGORITHM"):
         environment.pop(variable, None)
-    said = subprocess.check_output(["bash", str(EXAMPLES / name / "run.sh")], env=environment, timeout=60)
+    said = subprocess.check_output(
+        ["bash", str(EXAMPLES / name / "run.sh")], env=environment, timeout=patience()
+    )
     world_size, *words = said.decode().split("\0")[:-1]
     assert int(world_size) == ranks and words[:2] == ["-m", "megatron_dgpo.train"]
     monkeypatch.setenv("WORLD_SIZE", world_size)

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from test_rewards import sample, wait_until
+from patience import patience, until
+from test_rewards import sample
 
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rewards.answers import gold_answer
@@ -29,7 +30,7 @@ needs_data = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def reward() -> Iterator[Reward]:
-    with build_reward("math_verify", num_workers=2, timeout_seconds=20.0) as made:
+    with build_reward("math_verify", num_workers=2, timeout_seconds=patience()) as made:
         yield made
 
 
@@ -101,10 +102,12 @@ def test_hostile_responses_time_out_and_leave_nothing_behind() -> None:
     hostile = [sample(text, "5") for text in ENDLESS.values()]
     harmless = [sample(text, "5") for text in ("1e9**1e9", "\\boxed{1e9**1e9}", "\\boxed{(1e9)^{(1e9)}}")]
     fine = [sample("\\boxed{5}", "5"), sample("\\boxed{6}", "5")]
-    with build_reward("math_verify", num_workers=2, timeout_seconds=3.0) as reward:
-        reward.score([fine[0], *hostile, *harmless, fine[1]])
+    with build_reward("math_verify", num_workers=2, timeout_seconds=patience()) as reward:
+        reward.score([fine[0], *harmless, fine[1]])
+        reward._pool.timeout_seconds = 1.0  # type: ignore[attr-defined]
+        reward.score(hostile)
         assert 1 <= len(workers_since(before)) <= 2  # one that was ended is replaced when it is needed
-    assert [(s.reward, s.reward_error) for s in hostile] == [(None, "timed out after 3 s")] * 4
+    assert [(s.reward, s.reward_error) for s in hostile] == [(None, "timed out after 1 s")] * 4
     assert [(s.reward, s.reward_error) for s in harmless] == [(0.0, None)] * 3
     assert (fine[0].reward, fine[1].reward) == (1.0, 0.0)
     assert not workers_since(before)
@@ -122,14 +125,14 @@ def test_a_hostile_response_does_not_stall_its_batch(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(_Worker, "receive", counted)
     hostile, fine = sample(ENDLESS["tower"], "5"), [sample("\\boxed{5}", "5") for _ in range(12)]
-    with build_reward("math_verify", num_workers=2, timeout_seconds=1000.0) as reward:
+    with build_reward("math_verify", num_workers=2, timeout_seconds=patience()) as reward:
         scoring = threading.Thread(target=reward.score, args=([hostile, *fine],), daemon=True)
         scoring.start()
-        wait_until(lambda: len(answers) == len(fine))
+        until(lambda: len(answers) == len(fine))
         assert scoring.is_alive()
         for pid in workers_since(before):
             psutil.Process(pid).kill()
-        scoring.join(timeout=60)
+        scoring.join(timeout=patience())
         assert not scoring.is_alive()
     assert [s.reward for s in fine] == [1.0] * 12
     assert (hostile.reward, hostile.reward_error) == (None, "the worker process died with exit status -9")

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import until
 
 from megatron_dgpo.config import Config, RolloutConfig, TrainConfig
 from megatron_dgpo.rollout.race import Race
@@ -115,23 +116,16 @@ def races(store: dist.Store, count: int, wanted: int, score=lambda samples: None
     ]
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_the_race_ends_for_all_ranks_when_all_together_have_enough() -> None:
     one, two = races(dist.HashStore(), 2, wanted=3)
     good, bad = [group(0.0, 1.0) for _ in range(3)], [group(1.0, 1.0) for _ in range(9)]
     for g in (*bad, *good[:2]):
         one.on_group(g)
-    wait_for(lambda: len(one._scored) == 11)
+    until(lambda: len(one._scored) == 11)
     time.sleep(0.3)  # some polls
     assert not one.should_stop() and not two.should_stop()
     two.on_group(good[2])
-    wait_for(lambda: one.should_stop() and two.should_stop())
+    until(lambda: one.should_stop() and two.should_stop())
     one.finish([*bad, *good[:2]])
     two.finish(good[2:])
 
@@ -152,7 +146,7 @@ def test_a_failure_in_the_race_stops_it_and_is_raised_where_it_is_left() -> None
 
     (race,) = races(dist.HashStore(), 1, wanted=100, score=score)
     race.on_group(group(0.0))
-    wait_for(race.should_stop)
+    until(race.should_stop)
     with pytest.raises(ArithmeticError, match="no"):
         race.finish([])
     assert not [t for t in threading.enumerate() if t.name == "race"]

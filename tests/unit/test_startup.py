@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from launch import ROOT
+from patience import patience
 from place import EXAMPLES, TORCHRUN
 
 from megatron_dgpo import platform
@@ -46,7 +47,7 @@ def python(code: str, given: Any) -> list[Any]:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(given), capture_output=True, text=True,
-        timeout=300, env=environment, cwd=ROOT,
+        timeout=patience(), env=environment, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

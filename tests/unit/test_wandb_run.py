@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from patience import patience
 from place import Place
 
 from megatron_dgpo.cli import load
@@ -93,7 +94,7 @@ def variables(folder: Path, **more: str) -> dict[str, str]:
 def start(folder: Path, first: int, last: int, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(folder, first, last),
-        capture_output=True, text=True, timeout=120, env=variables(folder, **environment),
+        capture_output=True, text=True, timeout=patience(), env=variables(folder, **environment),
         stdin=subprocess.DEVNULL,
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_a_terminal_is_not_asked_for_a_key_for_ever(tmp_path: Path) -> None:
         words = command(tmp_path, 0, 2)
         process = subprocess.Popen(words, stdin=terminal, stdout=terminal, stderr=terminal, env=env)
         os.close(terminal)
-        said, deadline = b"", time.monotonic() + 90
+        said, deadline = b"", time.monotonic() + patience()
         with contextlib.suppress(OSError):  # at its end
             while select.select([keyboard], [], [], max(0.0, deadline - time.monotonic()))[0]:
                 part = os.read(keyboard, 4096)
@@ -164,7 +165,7 @@ def test_a_terminal_is_not_asked_for_a_key_for_ever(tmp_path: Path) -> None:
                     break
                 said += part
         assert time.monotonic() < deadline, said
-        assert process.wait(60) == 1
+        assert process.wait(patience()) == 1
     finally:
         process.kill()
         os.close(keyboard)
@@ -231,7 +232,7 @@ def test_another_project_is_another_run(tmp_path, monkeypatch, limits) -> None:
 
 def test_nobody_needs_it_unasked(tmp_path, monkeypatch, original: Place) -> None:
     code = "import sys, megatron_dgpo.observe.metrics as m; print(m.WandbRun, 'wandb' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience())
     assert done.stdout.endswith(" False\n"), done.stderr
     monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     config = load(original.words("train"), Config)

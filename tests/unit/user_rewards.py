@@ -7,6 +7,8 @@ import math
 import threading
 import time
 
+from patience import patience
+
 
 def digits(text, gold, *, finish_reason, metadata):
     """The share of the gold answer's digits in the text; sleeps, crashes or answers nonsense when told to."""
@@ -36,7 +38,7 @@ RELEASED = threading.Event()
 async def blocking(text, gold, *, finish_reason, metadata):
     """Waits without giving control back, when told to."""
     if text == "block":
-        RELEASED.wait(60)
+        RELEASED.wait(patience())
     return float(gold in text)
 
 

@@ -2,12 +2,13 @@
 
 Its top level runs again in every process that the server spawns. On a machine without a GPU it makes up
 for two packages that have no build for CPUs; none of the stand-ins is ever called, as all arithmetic is
-SGLang's torch-native path.
+SGLang's torch-native path. There the server also forks its processes instead of spawning them.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import multiprocessing
 import os
 import signal
 import sys
@@ -46,6 +47,17 @@ def _do_without_gpu_packages() -> None:
     sys.modules["sgl_kernel"] = kernels
 
 
+def _fork_processes() -> None:
+    """SGLang's processes start as forks of this one, which has imported all that they need: two thirds of a
+    start on a CPU are imports. SGLang asks for spawned ones because CUDA does not work in a fork."""
+    choose = multiprocessing.set_start_method
+
+    def fork(method: str | None, force: bool = False) -> None:
+        choose("fork", force=True)
+
+    multiprocessing.set_start_method = fork  # type: ignore[assignment]
+
+
 def _end_with_trainer() -> None:
     """The trainer holds the other end of stdin: when it goes, however it goes, so does this server with
     all of its processes."""
@@ -63,6 +75,8 @@ if os.environ.get(WITHOUT_GPU):
 
 if __name__ == "__main__":
     _end_with_trainer()
+    if os.environ.get(WITHOUT_GPU) and sys.platform == "linux":
+        _fork_processes()
     from sglang.launch_server import run_server  # type: ignore[import-not-found]
     from sglang.srt.server_args import prepare_server_args  # type: ignore[import-not-found]
 
