@@ -68,8 +68,10 @@ def read_problems(
 
 
 def final(answer: str) -> str:
-    """What of a gold answer counts: a GSM8K solution's end."""
-    return answer.rpartition(GSM8K_MARK)[2].strip()
+    """What of a gold answer counts: a GSM8K solution's end, which is a last line ``#### N``, or all of it."""
+    last = answer.rstrip().rpartition("\n")[2].strip()
+    is_marked = last.startswith(GSM8K_MARK) and last.strip("# \t") != ""
+    return last.lstrip("#").strip() if is_marked and not last.startswith("#####") else answer.strip()
 
 
 def _problem(

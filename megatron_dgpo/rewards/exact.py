@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
-from megatron_dgpo.rewards.answers import explicit_answer, gold_answer, strip_wrapping
+from megatron_dgpo.rewards.answers import gold_answer
+from megatron_dgpo.rewards.answers.choices import choice, chosen
 from megatron_dgpo.rewards.base import Outcome, Reward, register
 from megatron_dgpo.types import Sample
 
@@ -55,40 +55,31 @@ class HashAnswer(Reward):
         return f"#{answer}"
 
 
-LETTER = re.compile(r"(?:\\text\s*\{)?\s*\(?([A-Za-z])(?:\)|\.|:|\}|\s|$)")
-IN_BRACKETS = re.compile(r"\(([A-Z])\)")
-
-
 @register("multiple_choice")
 class MultipleChoice(Reward):
-    """1 where the response chooses the gold letter, else 0.
+    r"""1 where the response chooses the gold letter, else 0.
 
-    The choice is the letter at the start of what the last ``\boxed{}``, ``####`` or line ``Answer:``
-    announces, such as C, (c) or "C. seven"; without any of these, the last capital in brackets of a
-    response that ended by itself. A gold answer that is not one letter fails the sample.
+    The choice is in what the last ``\boxed{}``, ``<answer>``, ``####`` or line ``Answer:`` announces, such as
+    C, (c), "C. seven" or "I think it is C"; without any of these, in the last sentence that names a choice,
+    of a response that ended by itself. Several letters are no choice, and one that is denied is none either.
+    A gold answer without a letter fails the sample.
     """
 
     def outcomes(self, samples: Sequence[Sample]) -> list[Outcome]:
         return [self._outcome(sample) for sample in samples]
 
     def _outcome(self, sample: Sample) -> Outcome:
-        gold = _letter(gold_answer(sample.prompt.answer))
+        gold = chosen(gold_answer(sample.prompt.answer))
         if gold is None:
             return Outcome(error=f"the gold answer {sample.prompt.answer[-100:]!r} is no letter")
         answer = self.answer_of(sample)
         return Outcome(float(answer == gold), {"answered": float(answer is not None)})
 
+    def answer_of(self, sample: Sample) -> str | None:
+        return choice(sample.text, sample.finish_reason == "stop")
+
     def canonical_answer(self, text: str) -> str | None:
-        announced = explicit_answer(text)
-        if announced is not None:
-            return _letter(announced)
-        found = IN_BRACKETS.findall(text)
-        return found[-1] if found else None
+        return choice(text, finished=True)
 
     def response_with(self, answer: str) -> str:
         return f"Answer: {answer}"
-
-
-def _letter(answer: str) -> str | None:
-    match = LETTER.match(strip_wrapping(answer))
-    return match[1].upper() if match else None

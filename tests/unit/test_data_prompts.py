@@ -183,6 +183,10 @@ def test_deduplicate_keeps_the_first_and_refuses_other_answers(tmp_path, tokeniz
         ValueError, match="d:1 and d:5 are the same prompt with different answers, '1' and '3'"
     ):
         deduplicate(prompts)
+    remark = "\n\n#### Remark\nThere is another way."
+    rows = [{"prompt": "p", "answer": f"It is \\boxed{{{n}}}.{remark}"} for n in (1, 2)]
+    with pytest.raises(ValueError, match="d:1 and d:2 are the same prompt with different answers"):
+        deduplicate(load(write(tmp_path / "d.jsonl", rows), tokenizer))
 
 
 def test_gsm8k_rows_are_recognised(tmp_path, tokenizer):

@@ -149,6 +149,31 @@ def test_every_bad_gold_is_named(jsonl: Any, capsys: Capsys) -> None:
     assert lines[-1] == "3 of 5 gold answers are right by the reward math_verify" and len(lines) == 3
 
 
+def test_golds_that_are_no_answers_are_named_and_unusual_ones_are_not(jsonl: Any, capsys: Capsys) -> None:
+    solution = "Add: 3 + 4.\nSo it is $\\boxed{7}$.\n\n#### Remark\nThere is another way."
+    good = [
+        "2*pi",
+        "4*sin(pi*x/3)+2",
+        "x**2",
+        "9:30 a.m.",
+        "3:00",
+        solution,
+        '["34", "35"]',
+        "\\fbox{7}",
+        "x=34",
+    ]
+    good += ["The answer is 34", "Yes", "ABC", "1011_2", "2 1/2", "x \\in [-2,7]", "\\text{(B)}", "-5\\%"]
+    bad = ["N/A", "proof", "nan", "We omit the proof of this statement.", "See the solution above.", "???"]
+    data = jsonl(*(plain(f"question {n}", gold) for n, gold in enumerate(good + bad)))
+    assert check_rewards.main([str(data), "--reward-workers", "0"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    rows = range(len(good) + 1, len(good + bad) + 1)
+    assert [line.partition(": FAILED, UnreadableGold: ")[0] for line in lines] == [
+        f"{data}, row {n}" for n in rows
+    ]
+    assert last == f"{len(good)} of {len(good + bad)} gold answers are right by the reward math_verify"
+
+
 @pytest.mark.parametrize(
     ("reward", "gold"),
     [("math_verify", "7"), ("hash_answer", "7"), ("exact_match", "seven"), ("multiple_choice", "C")],

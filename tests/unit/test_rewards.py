@@ -84,8 +84,9 @@ MATH_CASES = [
     ("\\boxed{2.5e-1}", "1/4", 1.0),
     ("\\boxed{5} answer: see above", "5", 1.0),
     ("\\boxed{5} answer: see above", "6", 0.0),
-    ("\\boxed{5} answer: 6", "5", 0.0),
-    ("\\boxed{5} answer: 6", "6", 1.0),
+    ("\\boxed{5} answer: 6", "5", 1.0),
+    ("\\boxed{5}\nanswer: 6", "5", 0.0),
+    ("\\boxed{5}\nanswer: 6", "6", 1.0),
     ("first \\boxed{3}, then \\boxed{4}", "3", 0.0),
     ("\\boxed{(2,1)}", "(1,2)", 0.0),
     ("#### ", "3", 0.0),
@@ -107,7 +108,9 @@ def test_math_verify_takes_no_number_from_a_response_that_was_cut():
 def test_an_unreadable_gold_answer_is_a_failure_not_a_wrong_answer():
     bad = sample("\\boxed{3}", "???")
     assert score("math_verify", bad) == [None]
-    assert bad.reward_error == "UnreadableGold: gold answer '???' is not a number or expression"
+    assert (
+        bad.reward_error == "UnreadableGold: gold answer '???' is not a number, an expression or a few words"
+    )
     bad.prompt = sample("", "3").prompt  # scoring again starts afresh
     assert score("math_verify", bad) == [1.0] and bad.reward_error is None
 
@@ -262,9 +265,11 @@ def test_registering_a_reward():
 
 def test_explicit_answers():
     assert explicit_answer("a \\boxed{\\frac{1}{2}} b") == "\\frac{1}{2}"
-    assert explicit_answer("\\boxed{1} Answer: 2\n#### 3 \nmore") == "3"
+    assert explicit_answer("\\boxed{1}\nAnswer: 2\n#### 3 \n") == "3"
+    assert explicit_answer("\\boxed{1} Answer: 2\n#### 3 \nmore") == "1"
     assert explicit_answer("Answer: $\\boxed{5}$") == "5"
-    assert explicit_answer("Answer: \nnothing") is None
+    assert explicit_answer("Answer: \n\n$$5$$\n\nmore") == "$$5$$"
+    assert explicit_answer("Answer: \n") is None
     assert explicit_answer("7") is None
     assert gold_answer("x = 3 so\n#### 1,000") == "1,000" and gold_answer(" 5 ") == "5"
 
@@ -278,7 +283,7 @@ def test_explicit_answers():
         (["-3", "- 3", "\\frac{-6}{2}", "-\\frac{6}{2}"], "-3"),
         (["x^2 + 1", "\\(x^2+1\\)", "$x^2\\!+1$."], "x^2+1"),
         (["\\left(1, 2\\right)", "(1,2)", "$(1,\\,2)$"], "(1,2)"),
-        (["\\text{(B)}", "(B)"], "(B)"),
+        (["\\text{(B)}", "(B)", "B"], "B"),
         (["2 pi"], "2pi"),
         (["1/0"], "1/0"),
     ],
@@ -320,13 +325,38 @@ HOSTILE = {
     "answers' lines": "answer:\n" * (LONG // 8),
     "equations": "x=" * (LONG // 2),
     "hashes": "#" * LONG,
+    "lines of hashes": "#### 5\n" * (LONG // 7) + "!",
+    "boxes without braces": "\\boxed as " * (LONG // 10),
+    "boxes in boxes": "\\boxed{" * (LONG // 7),
+    "a list of boxes": "\\boxed{5} and " * (LONG // 14),
+    "tags": "<answer>" * (LONG // 8),
+    "questions": "\nQuestion: " * (LONG // 11),
+    "asterisks": "*" * LONG,
+    "emphasis": "**5 " * (LONG // 4),
+    "dollars": "$5" * (LONG // 2),
+    "verbs": "it is " * (LONG // 6),
+    "letters": "(A) or " * (LONG // 7),
+    "negations": "not " * (LONG // 4) + "A",
+    "a word behind a number": "5 " + "a" * 200 + "1",
+    "words behind a number": "5" + " ab" * 90 + "1",
+    "a sentence": "It is " + "5 ab, cd " * 300,
+    "commas": "5," * (LONG // 2),
+    "a short hostile answer": "\\boxed{" + "{(" * 700 + "5}",
+    "short powers": "9^" * 700 + "9",
+    "short factorials": "9" + "!" * 1000,
+    "short products": "9^999*" * 400 + "9",
+    "short fractions": "\\frac{1}" * 300,
 }
 TIMED = """
 import json, sys, time
-from megatron_dgpo.rewards.answers import canonical, explicit_answer, final_answer, plain_number
+from megatron_dgpo.rewards.answers import canonical, explicit_answer, final_answer, gold_answer
+from megatron_dgpo.rewards.answers.choices import choice, chosen
+from megatron_dgpo.rewards.answers.statements import answer_in, gold_in, spoken_answer
+reads = [canonical, explicit_answer, final_answer, gold_answer, chosen, answer_in, gold_in, spoken_answer]
+reads.append(lambda text: choice(text, finished=True))
 for name, text in json.load(sys.stdin).items():
     start = time.process_time()
-    for read in (canonical, explicit_answer, final_answer, plain_number):
+    for read in reads:
         read(text)
     print(json.dumps([name, time.process_time() - start]), flush=True)
 """
@@ -351,8 +381,13 @@ def test_hostile_texts_are_read_in_linear_time():
 @pytest.mark.skipif(not GSM8K.is_file(), reason="no ../shared/data/gsm8k_test.jsonl")
 def test_every_gsm8k_gold_answer_is_readable_and_right():
     solutions = [json.loads(line)["answer"] for line in GSM8K.open()]
+    others = [f"#### {int(canonical(gold_answer(s))) + 1}" for s in solutions]
+    labelled = [s.replace("#### ", "A: ") for s in solutions]
     right = [sample(solution, solution) for solution in solutions]
-    off_by_one = [sample(f"#### {int(canonical(gold_answer(s))) + 1}", s) for s in solutions]
-    build_reward("math_verify").score(right + off_by_one)
-    assert [one.reward for one in right] == [1.0] * 1319
-    assert [one.reward for one in off_by_one] == [0.0] * 1319
+    right += [sample(text, s) for text, s in zip(labelled, solutions, strict=True)]
+    right += [sample(s, text) for text, s in zip(labelled, solutions, strict=True)]
+    wrong = [sample(other, s) for other, s in zip(others, solutions, strict=True)]
+    wrong += [sample(s, other) for other, s in zip(others, solutions, strict=True)]
+    build_reward("math_verify").score(right + wrong)
+    assert [one.reward for one in right] == [1.0] * 3 * 1319
+    assert [one.reward for one in wrong] == [0.0] * 2 * 1319
