@@ -182,7 +182,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_supervised_rows(response: str, why: str, tmp_path: Path) -> None:
     class Tokenizer:
-        eos_token_id, chat_template = 0, None
+        eos_token_id, chat_template, all_special_tokens = 0, None, ()
 
     path = tmp_path / "sft.jsonl"
     path.write_text(f'\ufeff{{"prompt": "p", "response": "r"}}\n{{"prompt": "p", "response": {response}}}\n')

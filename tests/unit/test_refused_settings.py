@@ -38,6 +38,8 @@ SGLANG = [
     *("--sync.timeout_seconds", 50),
 ]
 """Servers of which nothing is wrong."""
+AUTO = ["--parallel.device", "auto"]
+"""In place of the quick start's CPU."""
 URL = "http://127.0.0.1:30000"
 ASYNC = [*SGLANG, "--train.async_steps", 1]
 STAGE = "--model.transformer.num_layers_in_first_pipeline_stage"
@@ -102,12 +104,16 @@ SETTINGS = {
         "algorithm.critic_warmup_steps: 9 leaves the policy untrained in train.steps 9; use fewer",
     ),
     "servers on the trainer's GPUs": Case(
-        [*SGLANG, "--rollout.sglang.launch.devices", "[1]"],
+        [*SGLANG, *AUTO, "--rollout.sglang.launch.devices", "[1]"],
         "rollout.sglang.launch.devices: 1 is the trainer's, whose 2 ranks on this machine (LOCAL_WORLD_SIZE)",
         world_size=2,
     ),
+    "GPUs of servers on a CPU": Case(
+        [*SGLANG, "--rollout.sglang.launch.devices", "[1]"],
+        "rollout.sglang.launch.devices: names GPUs, and with parallel.device = 'cpu' the servers compute",
+    ),
     "devices of colocated servers": Case(
-        [*SGLANG, "--rollout.sglang.colocate", "--rollout.sglang.launch.devices", "[1]"],
+        [*SGLANG, *AUTO, "--rollout.sglang.colocate", "--rollout.sglang.launch.devices", "[1]"],
         "rollout.sglang.launch.devices: rollout.sglang.colocate puts the servers on the trainer's GPUs, from",
     ),
     "tau without credit": Case(
@@ -236,7 +242,7 @@ SETTINGS = {
         "rollout.sglang.launch.python: no/python is not there; `make sglang` makes it",
     ),
     "too few GPUs": Case(
-        [*SGLANG, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.devices", "[1]"],
+        [*SGLANG, *AUTO, "--rollout.sglang.launch.count", 2, "--rollout.sglang.launch.devices", "[1]"],
         "rollout.sglang.launch.devices: 1 GPUs for 2 servers of 1, which take 2",
     ),
     "one port for two": Case(
@@ -475,8 +481,12 @@ SETTINGS = {
         "model.transformer.attention_dropout: 'low' is not a number",
     ),
     "Transformer Engine": Case(
-        ["--model.layer_spec", "transformer_engine"],
+        ["--model.layer_spec", "transformer_engine", *AUTO],
         "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU",
+    ),
+    "Transformer Engine on a CPU": Case(
+        ["--model.layer_spec", "transformer_engine"],
+        "model.layer_spec: 'transformer_engine' needs a GPU, and parallel.device is 'cpu'; use 'torch'",
     ),
     # the run's folder
     "used folder": Case(
