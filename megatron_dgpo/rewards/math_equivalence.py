@@ -11,9 +11,9 @@ from typing import Any
 from megatron_dgpo.rewards.answers import canonical, gold_answer
 from megatron_dgpo.rewards.answers.choices import chosen
 from megatron_dgpo.rewards.answers.comparison import same
-from megatron_dgpo.rewards.answers.marks import announced, own_part
+from megatron_dgpo.rewards.answers.marks import announced, json_answers, own_part
 from megatron_dgpo.rewards.answers.numerics import NoValue
-from megatron_dgpo.rewards.answers.reading import json_answers, readings, trimmed
+from megatron_dgpo.rewards.answers.reading import readings, trimmed
 from megatron_dgpo.rewards.answers.spelling import plain
 from megatron_dgpo.rewards.answers.statements import answer_in, gold_in, spoken_answer
 from megatron_dgpo.rewards.answers.values import False_, Text, Unread, Value

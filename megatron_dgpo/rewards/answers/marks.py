@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -263,3 +264,14 @@ def final_answer(text: str) -> str | None:
         return found.text or None
     numbers = LAST_NUMBER.findall(text)
     return numbers[-1] if numbers else None
+
+
+def json_answers(gold: str) -> list[str] | None:
+    """The alternatives of a gold answer that is a JSON list of strings; None where it is none."""
+    if not gold.lstrip().startswith('["'):
+        return None
+    try:
+        found = json.loads(gold)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) and found else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from fractions import Fraction
@@ -485,17 +484,6 @@ def _plain_name(piece: str, side: Value) -> bool:
     if isinstance(side, Formula):
         return not re.search(r"\d", re.sub(r"\^ ?\{?\d|_ ?\{?\d+", "", piece)) and " - " not in piece
     return isinstance(side, Unread)
-
-
-def json_answers(gold: str) -> list[str] | None:
-    """The alternatives of a gold answer that is a JSON list of strings; None where it is none."""
-    if not gold.lstrip().startswith('["'):
-        return None
-    try:
-        found = json.loads(gold)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) and found else None
 
 
 def canonical(answer: str) -> str:
