@@ -193,14 +193,35 @@ def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
     metadata = dict(METADATA)  # Megatron writes a process group into it
     model = policy.ddp.module.sharded_state_dict(metadata=metadata)
     groups = policy.groups
+    with _padded_buckets(policy):
+        optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
     return {
         "model": model,
-        "optimizer": policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata),
+        "optimizer": optimizer,
         "scheduler": policy.scheduler.state_dict(),
         # Generators differ by rank; with another number of ranks they cannot be restored, and
         # nothing in a run draws from them (sampling and shuffling are seeded by step).
         "rng": ShardedObject("rng", _rng_state(), (groups.world_size,), (groups.rank,)),
     }
+
+
+@contextmanager
+def _padded_buckets(policy: Policy) -> Iterator[None]:
+    """Megatron lays the optimizer's state out without the padding at the ends of buckets and then takes each
+    parameter from where it is with that padding. A tied embedding on several pipeline stages has a bucket
+    of its own, the second, and would be saved from beside its place. Here all of a bucket counts as used."""
+    buffers = [b for inner in inner_optimizers(policy.optimizer) for b in inner.buffers]
+    parts = [part for buffer in buffers for part in (buffer, *buffer.buckets)]
+    before = [part.numel_unpadded for part in parts]
+    for buffer in buffers:
+        buffer.numel_unpadded = buffer.numel
+        for bucket in buffer.buckets:
+            bucket.numel_unpadded = bucket.grad_data.numel()
+    try:
+        yield
+    finally:
+        for part, numel in zip(parts, before, strict=True):
+            part.numel_unpadded = numel
 
 
 def _rng_state() -> dict[str, Any]:

@@ -269,7 +269,9 @@ def damaged(folder, policy, groups, how):
 def results(tmp_path_factory):
     folder: Path = tmp_path_factory.mktemp("checkpoints")
     for tied in (True, False):
-        write_model(folder / f"tied{tied}", tied=tied)
+        # With two layers the parameters beside a tied embedding are no multiple of 128 on either stage: there
+        # Megatron pads the bucket before the embedding's own.
+        write_model(folder / f"tied{tied}", tied=tied, num_hidden_layers=2)
     ranks = run_ranks(two_ranks, 2, folder)
     alone = run_ranks(one_rank, 1, folder)
     return {key: [rank[key] for rank in world] for world in (ranks, alone) for key in world[0]}

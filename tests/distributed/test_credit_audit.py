@@ -56,7 +56,7 @@ def work(rank: int, world: int, configs: Sequence[Config]) -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Config]:
     folder = tmp_path_factory.mktemp("audit")
-    write_tokenizer(write_model(folder / "model", tied=False, max_position_embeddings=64))
+    write_tokenizer(write_model(folder / "model", tied=False, num_hidden_layers=2))
     rows = [{"prompt": f"{n}*{n + 3}=", "answer": str((-1, 99, 8, 9)[n % 4])} for n in range(22)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     dgpo = {"name": "dgpo", "tau": TAU, "kappa": KAPPA}

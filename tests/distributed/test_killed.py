@@ -27,8 +27,8 @@ from megatron_dgpo.weights.checkpoints import HFFolder, import_hf, open_checkpoi
 from megatron_dgpo.weights.convert import export_hf
 from megatron_dgpo.weights.folders import check_target
 
-CONVERSIONS = {"export": 7, "import": 3}
-SAVES = (1, 2, 2, 1, 2, 2, 1, 2, 2, 2)
+CONVERSIONS = {"export": 5, "import": 3}
+SAVES = (1, 2, 2, 1, 2, 2)
 """Ranks of the run, of which one is killed."""
 TRIES = 3
 """For each kill that counts."""

@@ -52,8 +52,9 @@ def work(rank, world_size):
 
     results = {}
     for size in SIZES:
-        groups = [dist.new_group(list(range(s, s + size))) for s in range(0, world_size, size)]
-        group, shard = groups[rank // size], rank % size
+        group, shard = dist.new_group(list(range(size))), rank
+        if rank >= size:
+            continue
         columns = slice(shard * PADDED // size, (shard + 1) * PADDED // size)
         common = {"tp_group": group, "vocab_size": VOCAB, "temperature": 0.8, "entropy_grad": True}
         for impl in IMPLS:
@@ -136,7 +137,7 @@ def test_logit_shards(ranks, size, impl):
     z64 = z[:, :VOCAB].double().requires_grad_()
     want, (grad,) = oracle(z64, reference[:, :VOCAB].double(), targets, cotangents.double(), [z64])
     tolerance = bound(z64.detach())
-    found = [r["logits", size, impl] for r in ranks]
+    found = [r["logits", size, impl] for r in ranks[:size]]
     for values, _ in found:
         check_values(values, want, tolerance)
         if impl in SHARDED:
@@ -155,7 +156,7 @@ def test_half_logit_shards(ranks, size, impl, dtype):
     q64 = reference[:, :VOCAB].to(dtype).double()
     want, (grad,) = oracle(z64, q64, targets, cotangents.double(), [z64])
     tolerance = bound(z64.detach())
-    found = [r["logits", size, impl, dtype] for r in ranks]
+    found = [r["logits", size, impl, dtype] for r in ranks[:size]]
     for values, _ in found:
         check_values(values, want, tolerance)
     got = torch.cat([grads[0] for _, grads in found[:size]], 1)
@@ -174,7 +175,7 @@ def test_linear_shards(ranks, size, impl, sp):
     want, grads = oracle(z, reference, targets, cotangents.double(), [h64, w64])
     logit_error = 25 * UNIT * float((h64.abs() @ w64[:VOCAB].abs().t()).detach().max()) / 0.8
     tolerance = bound(z.detach(), logit_error)
-    found = [r["linear", size, impl, sp] for r in ranks]
+    found = [r["linear", size, impl, sp] for r in ranks[:size]]
     for values, _ in found:
         check_values(values, want, tolerance)
         if impl in SHARDED:
@@ -205,4 +206,4 @@ def test_sequence_parallel_changes_nothing(ranks, size, impl):
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("impl", SHARDED)
 def test_distance_is_exactly_zero_at_the_reference(ranks, size, impl):
-    assert all(r["zero", size, impl] == (0.0, 0.0) for r in ranks)
+    assert all(r["zero", size, impl] == (0.0, 0.0) for r in ranks[:size])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -100,9 +101,10 @@ def steps(rank: int, world: int, folder: Path, tp: int, size: int, rollout: dict
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokenizer(write_model(tmp_path_factory.mktemp("rollouts"), tied=False))
+    return write_tokenizer(write_model(tmp_path_factory.mktemp("rollouts"), tied=False, num_hidden_layers=1))
 
 
+@functools.cache
 def plain_steps(folder: Path, size: int) -> list[tuple[dict[str, int], list[Any]]]:
     """Whole draws by one engine, looked through in order."""
     engine, draw, out = engine_of(folder), 0, []
@@ -190,7 +192,7 @@ def stopped_step(rank: int, world: int, folder: Path, tp: int, dynamic: bool, ah
             engine_of(folder, max_batch_size=N),
             score,
             prompts_of=lambda draw: prompts_of(draw, 3 * WANTED),
-            params_of=lambda draw: params_of(draw, 40),
+            params_of=lambda draw: params_of(draw, 16),
             stop_early=True,
         )
         if ahead:

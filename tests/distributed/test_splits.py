@@ -213,7 +213,7 @@ def work(rank, world_size, folder):
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("splits")
     for kind in ("tied", "untied"):
-        write_model(path / f"{kind}_reference", tied=kind == "tied")
+        write_model(path / f"{kind}_reference", tied=kind == "tied", num_hidden_layers=2)
         write_perturbed(path / f"{kind}_reference", path / f"{kind}_old", seed=2, scale=0.05)
         write_perturbed(path / f"{kind}_old", path / f"{kind}_current", seed=3, scale=0.03)
     return path

@@ -45,7 +45,7 @@ class Letters(Reward):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training")
-    write_tokenizer(write_model(folder / "model", tied=False, max_position_embeddings=64))
+    write_tokenizer(write_model(folder / "model", tied=False, num_hidden_layers=2))
     # A response has nine letters on average: -1 is always right, 99 never.
     rows = [{"prompt": f"{n}*{n + 3}=", "answer": str((-1, 99, 8, 9)[n % 4])} for n in range(22)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
