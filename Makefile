@@ -28,8 +28,9 @@ PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadsco
 # One thread a process: ranks that share a machine's cores must not fight over them.
 RUN := PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1
 MCORE_FOLDER := .mcore/$(MCORE)
-MCORE_TESTS := tests/unit/test_versions.py tests/distributed/test_platform.py tests/distributed/test_checkpoint.py \
-	tests/distributed/test_killed.py::test_killed_while_a_run_saves_the_checkpoint_before_loads
+MCORE_TESTS := tests/distributed/test_checkpoint.py \
+	tests/distributed/test_killed.py::test_killed_while_a_run_saves_the_checkpoint_before_loads \
+	tests/distributed/test_platform.py tests/unit/test_startup.py::test_a_rank tests/unit/test_versions.py
 
 .PHONY: quickstart test test-gpu test-mcore lint bench install sglang
 
@@ -57,9 +58,9 @@ install: $(STAMP) $(SGLANG_STAMP)
 
 sglang: $(SGLANG_STAMP)
 
+# torch with what it needs: a build for CUDA does not start without CUDA's libraries.
 $(SGLANG_STAMP): requirements-sglang-cpu.txt
 	test -x $(SGLANG)/bin/python || $(PYTHON) -m venv $(SGLANG)
-	# torch with what it needs: a build for CUDA does not start without CUDA's libraries.
 	$(SGLANG)/bin/pip install --quiet --constraint $< $(PIP_ARGS) torch torchvision
 	$(SGLANG)/bin/pip install --quiet --no-deps $(PIP_ARGS) -r requirements-sglang-cpu.txt
 	touch $@

@@ -44,7 +44,8 @@ for name, words in calls:
 def python(code: str, given: Any) -> list[Any]:
     """The lines of JSON that the code prints in a process of its own, which has `given` as JSON on stdin."""
     environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN} | {"WORLD_SIZE": "32"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools")])
+    given_paths = filter(None, [os.environ.get("PYTHONPATH")])  # another megatron-core may be there
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tools"), *given_paths])
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], input=json.dumps(given), capture_output=True, text=True,
         timeout=patience(), env=environment, cwd=ROOT,
