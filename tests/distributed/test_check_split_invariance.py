@@ -74,7 +74,7 @@ def config(tmp_path_factory) -> Path:
 def test_every_split_agrees(config, tmp_path, capfd):
     file = tmp_path / "out.json"
     words = ("--config", config, "--samples", 3, "--response-tokens", 16, "--json", file)
-    assert tool.main([*map(str, words)]) == 0
+    assert command.main([*map(str, words)]) == 0
     output = "".join(capfd.readouterr())
     assert "random tokens" not in output  # the prompts are those of data.train
     report = json.loads(file.read_text())
