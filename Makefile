@@ -1,5 +1,6 @@
 # make quickstart   the main job: cold start, DGPO, evaluation, on CPU, from nothing
 # make test         the tests, on the CPU (DGPO_TEST_PATIENCE=3: they wait three times as long before they call it hanging)
+# make test-fast    most of the unit tests: no servers, no ranks, nothing that takes long
 # make test-gpu     those of tests/gpu, on a GPU
 # make install      what all of these need (make -j2 install: both environments at once)
 # make sglang       SGLang in an environment of its own, without a GPU
@@ -32,13 +33,20 @@ MCORE_TESTS := tests/distributed/test_checkpoint.py \
 	tests/distributed/test_killed.py::test_killed_while_a_run_saves_the_checkpoint_before_loads \
 	tests/distributed/test_platform.py tests/unit/test_startup.py::test_a_rank tests/unit/test_versions.py
 
-.PHONY: quickstart test test-gpu test-mcore lint bench install sglang
+.PHONY: quickstart test test-fast test-gpu test-mcore lint bench install sglang
 
 quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(RUN) QUICKSTART_ENGINE=$(ENGINE) QUICKSTART_DEVICE=$(DEVICE) bash examples/quickstart/run.sh
 
 test: $(STAMP) $(SGLANG_STAMP)
 	$(RUN) pytest tests $(PYTEST_ARGS)
+
+# What is left out starts processes again and again, or takes the kernels through Triton's interpreter at length.
+SLOW_UNIT_TESTS := test_device test_examples test_fused_compile test_inspect_server test_model_folders test_ops_memory \
+	test_ops_properties test_paper_tables test_refused_input test_reward_golds test_startup test_wandb_run
+
+test-fast: $(STAMP)
+	$(RUN) pytest tests/unit $(SLOW_UNIT_TESTS:%=--ignore=tests/unit/%.py) $(PYTEST_ARGS)
 
 test-gpu: $(STAMP)
 	$(RUN) DGPO_TEST_GPU=1 pytest tests/gpu
