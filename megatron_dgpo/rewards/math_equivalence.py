@@ -182,7 +182,7 @@ def _unread(gold: str, answer: str, pairs: list[tuple[Value, Value]]) -> bool:
 
 
 def _letters(sequence: str) -> str:
-    return plain(sequence).translate(str.maketrans("", "", " $()[]{}\\"))
+    return plain(sequence).translate(str.maketrans("", "", " .$()[]{}\\"))
 
 
 def _compact(text: str) -> str:

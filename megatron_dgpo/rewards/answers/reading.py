@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from megatron_dgpo.rewards.answers import formulas, numerics
+from megatron_dgpo.rewards.answers.brackets import is_closed_by_its_end, split
 from megatron_dgpo.rewards.answers.comparison import rounded, same
 from megatron_dgpo.rewards.answers.quantities import (
     Clock,
@@ -48,9 +49,9 @@ from megatron_dgpo.rewards.answers.values import (
 
 MAX_CHARACTERS = 3000
 """Longer answers are compared as they stand."""
-
 MAX_ITEMS = 300
-
+MAX_DEPTH = 6
+"""Of brackets in brackets."""
 _APPROXIMATELY = re.compile(
     r"(?:(?:about|approximately|approx\.?|around|roughly|nearly|almost|exactly|only|just|precisely|circa|some"
     r"|it's|it is|is|are|(?:is |are )?equal to|equals|a total of|the number"
@@ -59,61 +60,41 @@ _APPROXIMATELY = re.compile(
 )
 """What stands before an answer and does not change it."""
 _END = " \t.,;:"
-
 _ALL_REALS = re.compile(
     r"(?:the set of )?(?:all )?reals?(?: numbers?)?"
     r"(?:,? (?:except|other than|but|excluding)(?: for)? (?P<but>.+))?|\\R|\( ?-\\infty ?, ?\+?\\infty ?\)",
     re.IGNORECASE,
 )
-
 _NOTHING = re.compile(
     r"(?:there (?:is|are) )?no (?:real |such )?(?:solutions?|values?|roots?)(?: exists?)?|\\emptyset"
-    r"|(?:the )?empty set|\\\{ ?\\\}|\{ ?\}|\\phi",
+    r"|(?:the )?empty set|\\\{ ?\\\}|\{ ?\}",
     re.IGNORECASE,
 )
-
 _MATRIX = re.compile(
     r"\\begin ?\{ ?([bpBvV]?(?:small)?matrix|array)\*? ?\}(?: ?\{[clr| ]*\})?(.*)\\end ?\{ ?\1\*? ?\}",
     re.DOTALL,
 )
-
 _SIGNS = re.compile(r"<=|>=|:=|[<>=≠≈]")
-
 _AND = re.compile(r",? (?:and|or) |;|,| & ")
-
 _ABOUT = re.compile("≈")
-
 _NAME = re.compile(
     r"\\?[A-Za-z]+(?: ?_ ?(?:\{[^{}]*\}|\w))?'*(?: ?\( ?[A-Za-z0-9](?: ?, ?[A-Za-z0-9])* ?\))?"
 )
-
 _UNIT_BEHIND = re.compile(
     r"(?P<formula>.*[\d})\]!|]|.*\\pi)(?P<unit> [^\d\\].*| \\\w.*|\{? ?[A-Za-z]{2,} ?\}?.*)"
 )
-
 _FIGURE = re.compile(
     r"\\(triangle|angle|overline|odot|square|vec|overrightarrow|overleftrightarrow|arc|widehat) ?(?=[{A-Z])"
 )
-
+_NO_BRACES = str.maketrans("", "", "{}")
 _COMMENT = re.compile(
     r"(?:because|since|so|which|as|where|but|then|that|therefore|thus|hence|for|if|when|due|given|after|who|not)(?![A-Za-z])",
     re.IGNORECASE,
 )
-
 _GROUPED = re.compile(r",? (?:and|or) |;|,(?<!\d,)|,(?!\d{3}(?!\d))| & ")
 """Splits a list whose commas have spaces behind them: the others may group digits."""
-
 _DECIMAL_COMMA = re.compile(r"[+-]? ?[^\d,]{0,3}\d+,(?:\d\d?|\d{4,})(?![\d,])[^,]{0,40}")
-
 _LABEL = re.compile(r"[A-Za-z]{1,10}\d{1,10}[A-Za-z\d]{0,10}|\d{1,10}[A-Za-z]{1,10}")
-
-_LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
-
-
-def read(answer: str) -> Value | None:
-    """The meaning of an answer; None where it has none, such as an empty one."""
-    found = readings(answer)
-    return found[0] if found else None
 
 
 def readings(answer: str) -> list[Value]:
@@ -146,27 +127,28 @@ def _without_dollars(text: str) -> str:
 
 
 def _readings(text: str, depth: int) -> list[Value]:
-    if not text or depth > 6:
-        return [] if not text else [Unread(text)]
-    found: list[Value] = _approximated(text, depth)
+    if not text:
+        return []
+    if depth > MAX_DEPTH:
+        return [Unread(text)]
+    found = _approximated(text, depth)
     if found:
         return found
-    for reader in (_simple, _structured):
-        value = reader(text, depth)
-        if value is not None and value not in found:
-            found.append(value)
-        if found and _DECIMAL_COMMA.fullmatch(text):
-            found += filter(None, [number(text.replace(",", "."))])
-        if found and not (isinstance(found[0], Number) and "," in text):
-            break
-    if found and isinstance(found[0], Clock):
+    simple = _simple(text)
+    if simple is not None:
+        found.append(simple)
+    if isinstance(simple, Clock):
         found += filter(None, [ratio(text), number(text)])
+    if simple is None or (isinstance(simple, Number) and "," in text):  # digits in groups may be a list
+        found += filter(None, [_structured(text, depth)])
+    if _DECIMAL_COMMA.fullmatch(text):
+        found += filter(None, [number(text.replace(",", "."))])
     return found or _formulas(text) or [_text(text)]
 
 
 def _approximated(text: str, depth: int) -> list[Value]:
     """Of "10/3 ≈ 3.33" the exact value, or the decimal where that is what is asked for."""
-    pieces, signs = _split(text, _ABOUT)
+    pieces, signs = split(text, _ABOUT)
     if len(signs) != 1 or not all(piece.strip() for piece in pieces) or _NAME.fullmatch(pieces[0].strip()):
         return []
     exact, rounded = (_inside(piece, depth) for piece in pieces)
@@ -184,8 +166,7 @@ def _inside(text: str, depth: int) -> Value:
     return found[0] if found else Unread(text)
 
 
-def _simple(text: str, depth: int) -> Value | None:
-    del depth
+def _simple(text: str) -> Value | None:
     for reader in (numeral, clock, number, compound, ratio):
         value = reader(text)
         if value is not None:
@@ -225,13 +206,9 @@ def _text(text: str) -> Value:
         return in_words
     if _LABEL.fullmatch(text):
         return Text(text.lower())
-    words = (
-        _FIGURE.sub(lambda m: m[1].replace("overline", "segment") + " ", text)
-        .replace("{", "")
-        .replace("}", "")
-    )
-    text, words = words, words.strip(" .,!?;:'\"()[]").lower()
-    if any(character.isalpha() for character in words) and not re.search(r"[\\^_=<>+*]|\d", text):
+    named = _FIGURE.sub(r"\1 ", text).translate(_NO_BRACES)
+    words = named.strip(" .,!?;:'\"()[]").lower()
+    if any(character.isalpha() for character in words) and not re.search(r"[\\^_=<>+*]|\d", named):
         return Text(" ".join(words.replace("-", " ").split()))
     return Unread(text)
 
@@ -243,49 +220,6 @@ def _as_number(text: str) -> Value:
         return Number(numerics.exact(tree))
     except numerics.NoValue:
         return Formula(tree, text)
-
-
-def _split(text: str, pattern: re.Pattern[str]) -> tuple[list[str], list[str]]:
-    """The pieces between matches of the pattern outside all brackets, and the matches."""
-    pieces, signs, depth, start, position = [], [], 0, 0, 0
-    while position < len(text):
-        character = text[position]
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-        elif depth <= 0:
-            match = pattern.match(text, position)
-            if match:
-                pieces.append(text[start:position])
-                signs.append(match[0])
-                start = position = match.end()
-                continue
-            if character == "\\":
-                position += 1
-                if text[position : position + 1] in ("{", "}"):
-                    depth += 1 if text[position] == "{" else -1
-        if character == "\\" and depth > 0:
-            position += 1  # an escaped bracket inside brackets
-            if text[position : position + 1] in ("{", "}"):
-                depth += 1 if text[position] == "{" else -1
-        position += 1
-    pieces.append(text[start:])
-    return pieces, signs
-
-
-def _closes_at_end(text: str, skip: int) -> bool:
-    """Whether the bracket that opens the text is closed by its last character."""
-    depth = 0
-    for position, character in enumerate(text):
-        if character in "([{":
-            depth += 1
-        elif character in ")]}":
-            depth -= 1
-            if depth == 0:
-                return position == len(text) - 1
-    del skip
-    return False
 
 
 def _all_reals(text: str, depth: int) -> Value | None:
@@ -302,7 +236,7 @@ def _unwrapped(text: str, depth: int) -> Value | None:
     is_set = text.startswith("\\{") and text.endswith("\\}")
     if is_set:
         inner = text[2:-2]
-    elif opening in ("(", "[", "{") and closing in (")", "]", "}") and _closes_at_end(text, 0):
+    elif opening in ("(", "[", "{") and closing in (")", "]", "}") and is_closed_by_its_end(text):
         inner = text[1:-1]
     else:
         return None
@@ -312,7 +246,7 @@ def _unwrapped(text: str, depth: int) -> Value | None:
         return _set(inner, depth)
     if opening == "{":
         return _inside(inner, depth)
-    pieces, signs = _split(inner, re.compile("[,;]"))
+    pieces, signs = split(inner, re.compile("[,;]"))
     if not signs:
         return _inside(inner, depth) if (opening, closing) in (("(", ")"), ("[", "]")) else None
     if len(pieces) > MAX_ITEMS or not all(piece.strip() for piece in pieces):
@@ -321,7 +255,7 @@ def _unwrapped(text: str, depth: int) -> Value | None:
 
 
 def _set(inner: str, depth: int) -> Value:
-    pieces, signs = _split(inner, re.compile(r"[|:]"))
+    pieces, signs = split(inner, re.compile(r"[|:]"))
     if len(signs) == 1 and _NAME.fullmatch(pieces[0].split("\\in")[0].strip()):
         return _inside(pieces[1], depth)
     value = _inside(inner, depth)
@@ -352,13 +286,13 @@ def _plus_minus(text: str, depth: int) -> Value | None:
 
 def _union(text: str, depth: int) -> Value | None:
     """Unions of intervals and differences of sets."""
-    pieces, signs = _split(text, re.compile(r"\\cup(?![A-Za-z])| U (?=[(\[])"))
+    pieces, signs = split(text, re.compile(r"\\cup(?![A-Za-z])| U (?=[(\[])"))
     if signs:
         parts = [as_reals(_inside(piece, depth)) for piece in pieces]
         if any(part is None for part in parts):
             return None
         return from_left_to_right(tuple(piece for part in parts if part is not None for piece in part.pieces))
-    pieces, signs = _split(text, re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=R )-|\\(?= ?\\\{)"))
+    pieces, signs = split(text, re.compile(r"\\(?:setminus|backslash)(?![A-Za-z])|(?<=R )-|\\(?= ?\\\{)"))
     if len(signs) == 1:
         whole = as_reals(_inside(pieces[0], depth))
         return None if whole is None else without(whole, _inside(pieces[1], depth))
@@ -369,7 +303,7 @@ def _relation_or_list(text: str, depth: int) -> Value | None:
     named, _, last = text.rpartition("=")
     if named and "," in last and "," not in named and number(last.strip()) is not None:
         return _relation(text, depth)  # y = 1,000
-    pieces, signs = _split(text, _GROUPED if ", " in text else _AND)
+    pieces, signs = split(text, _GROUPED if ", " in text else _AND)
     pieces = [piece.strip() for piece in pieces]
     if signs and not pieces[-1]:
         pieces.pop()
@@ -378,18 +312,16 @@ def _relation_or_list(text: str, depth: int) -> Value | None:
     ]
     if len(pieces) < 2:
         return _relation(text, depth)
-    if len(pieces) > MAX_ITEMS or not all(pieces) or _is_prose(text, pieces):
+    if len(pieces) > MAX_ITEMS or not all(pieces) or _is_prose(pieces):
         return None
     bounded = _bounded(text, depth)
     if bounded is not None:
         return bounded
-    items = [value for piece in pieces for value in _flat(_inside(piece, depth))]
-    return _named_items(items, any("and" in sign for sign in signs))
+    return _named_items([value for piece in pieces for value in _flat(_inside(piece, depth))])
 
 
-def _is_prose(text: str, pieces: Sequence[str]) -> bool:
+def _is_prose(pieces: Sequence[str]) -> bool:
     """Whether commas and conjunctions are those of a sentence: a piece has many words and no mathematics."""
-    del text
     return any(
         _COMMENT.match(piece) or (len(piece.split()) > 5 and not re.search(r"[\d\\=]", piece))
         for piece in pieces
@@ -398,7 +330,7 @@ def _is_prose(text: str, pieces: Sequence[str]) -> bool:
 
 def _bounded(text: str, depth: int) -> Value | None:
     """x > 2 and x < 5; x < 2 or x > 5; x is real and x is not 3."""
-    pieces, signs = _split(text, re.compile(r",? (?:and|or) |,"))
+    pieces, signs = split(text, re.compile(r",? (?:and|or) |,"))
     parts = [_inside(piece, depth) for piece in pieces]
     if not all(isinstance(part, Relation) and any(s != "=" for s in part.signs) for part in parts):
         return None
@@ -417,9 +349,8 @@ def _flat(value: Value) -> tuple[Value, ...]:
     return value.items if isinstance(value, Items) and value.left == "" else (value,)
 
 
-def _named_items(items: list[Value], ordered: bool) -> Value:
+def _named_items(items: list[Value]) -> Value:
     """A list; of x = 1, 2 the value of x; of x = 3, x = 4 too."""
-    del ordered
     first = items[0]
     if isinstance(first, Named) and not any(isinstance(item, (Named, Relation)) for item in items[1:]):
         return Named(first.name, Items("", (first.value, *items[1:]), ""))
@@ -432,10 +363,10 @@ def _named_items(items: list[Value], ordered: bool) -> Value:
 
 
 def _relation(text: str, depth: int) -> Value | None:
-    pieces, signs = _split(text, re.compile(r"\\in(?![A-Za-z])"))
+    pieces, signs = split(text, re.compile(r"\\in(?![A-Za-z])"))
     if len(signs) == 1 and _NAME.fullmatch(pieces[0].strip()):
         return _inside(pieces[1], depth)
-    pieces, signs = _split(text, _SIGNS)
+    pieces, signs = split(text, _SIGNS)
     signs = [{":=": "="}.get(sign, sign) for sign in signs]
     if not signs or not all(piece.strip() for piece in pieces):
         return None

@@ -34,7 +34,7 @@ WITHDRAWN = re.compile(
     r"(?<![A-Za-z])(?:wait|actually|no,|sorry|correction|mistake|incorrect|scratch that|hold on)(?![A-Za-z])",
     re.IGNORECASE,
 )
-SENTENCE_END = re.compile(r"(?<=[.!?。])(?:\s+|$)|\n+|(?<=。)")
+SENTENCE_END = re.compile(r"(?:(?<=[.?。])|(?<=[^\\]!))(?:\s+|$)|\n+|(?<=。)")
 PREFIX = re.compile(r"(?:(?:[^\W\d_]{2,}+|[aAI](?= [a-z])|['’-])++[,:]?\s*+)++")
 SPAN = re.compile(r"\$\$?([^$\n]+)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 RUN = re.compile(
@@ -115,7 +115,7 @@ def _candidates(statement: str) -> Iterator[str]:
     match = ANSWER_IS.search(folded)
     if match and match["rest"].strip():
         yield from _in_sentence(_sentences(match["rest"])[0])
-    spans = [next(filter(None, groups)) for groups in SPAN.findall(folded)]
+    spans = [_inside_of(span) for span in SPAN.finditer(folded)]
     sentences = _sentences(folded)
     if sentences:
         first = PREFIX.match(sentences[0])
@@ -216,6 +216,9 @@ def _value_in(sentence: str) -> str | None:
     folded = without_markdown(fold_symbols(sentence)).strip().rstrip("!")[-MAX_CHARACTERS:]
     if not re.search(r"[\d\\]", folded):
         return None
+    spans = list(SPAN.finditer(folded))
+    if spans and not folded[spans[-1].end() :].strip(" .") and _is_value(_inside_of(spans[-1])):
+        return _inside_of(spans[-1])
     verbs = list(VERB.finditer(folded))[-6:]
     if NAMED_LIST.search(folded):  # x = 3 or x = 4
         found = _first_value(_cuts(_without_prefix(folded)))
@@ -228,12 +231,15 @@ def _value_in(sentence: str) -> str | None:
         found = _first_value(iter((*_cuts(tail), *_cuts(_without_prefix(tail)))))
         if found is not None and not _is_letter(found):
             return found
-    spans = [next(filter(None, groups)) for groups in SPAN.findall(folded)]
-    if spans and _is_value(spans[-1]):
-        return spans[-1]
+    if spans and _is_value(_inside_of(spans[-1])):
+        return _inside_of(spans[-1])
     runs = [run.rstrip(".,:;=") for run in RUN.findall(folded)]
     runs = [run for run in runs if re.search(r"\d|pi", run)]
     return runs[-1].lstrip(".,") if runs else None
+
+
+def _inside_of(span: re.Match[str]) -> str:
+    return next(filter(None, span.groups()))
 
 
 def _is_letter(text: str) -> bool:
