@@ -71,7 +71,7 @@ def engine_of(folder: Path, max_batch_size: int = 16) -> EmbeddedEngine:
     return engine
 
 
-def no_bar(name: str, total: int) -> Any:
+def no_bar(name: str, total: int, unit: str) -> Any:
     return nullcontext(SimpleNamespace(update=lambda n: None))
 
 
