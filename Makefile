@@ -42,8 +42,9 @@ test: $(STAMP) $(SGLANG_STAMP)
 	$(RUN) pytest tests $(PYTEST_ARGS)
 
 # What is left out starts processes again and again, or takes the kernels through Triton's interpreter at length.
-SLOW_UNIT_TESTS := test_device test_examples test_fused_compile test_inspect_server test_model_folders test_ops_memory \
-	test_ops_properties test_paper_tables test_refused_input test_reward_golds test_startup test_wandb_run
+SLOW_UNIT_TESTS := test_convert test_data_tools test_demo_task test_device test_examples test_fused_compile \
+	test_group_properties test_inspect_server test_model_folders test_ops_memory test_ops_properties test_paper_tables \
+	test_refused_input test_reward_golds test_startup test_wandb_run
 
 test-fast: $(STAMP)
 	$(RUN) pytest tests/unit $(SLOW_UNIT_TESTS:%=--ignore=tests/unit/%.py) $(PYTEST_ARGS)

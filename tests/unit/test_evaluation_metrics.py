@@ -142,13 +142,13 @@ def pools():
 def test_a_cut_response_votes_where_the_reward_takes_its_answer():
     """Rewards by name: what a response cut at "2", one cut after an announcement and a finished one vote."""
     expected = {
-        "exact_match": ["so (B) is 2", "#B Answer: B is 2", "so (B)"],
+        "exact_match": ["so (B) is 2", "#B\nAnswer: B is 2", "so (B)"],
         "hash_answer": [None, None, None],
         "multiple_choice": [None, "B", "B"],
         "user_rewards:digits": [None, "Bis2", None],
     }
     for name, answers in expected.items():
-        texts = [("so (B) is 2", "length"), ("#B Answer: B is 2", "length"), ("so (B)", "stop")]
+        texts = [("so (B) is 2", "length"), ("#B\nAnswer: B is 2", "length"), ("so (B)", "stop")]
         [made] = [group("a", *((text, None, 1, reason) for text, reason in texts))]
         build_reward(name).score(made.samples)
         assert [sample.answer for sample in made.samples] == answers, name
