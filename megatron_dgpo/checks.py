@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -187,7 +187,7 @@ def _launch(launch: LaunchConfig, *, managed: bool) -> Iterator[str]:
 def _server_devices(config: Config, ranks: int) -> Iterator[str]:
     """The trainer's ranks have the first GPUs of their machine, where the servers are as well."""
     c = config.rollout.sglang
-    if config.rollout.engine != "sglang" or c.urls or c.router:
+    if config.rollout.engine != "sglang" or not c.managed:
         return
     taken = [device for device in c.launch.devices if device < ranks]
     if c.launch.devices and config.parallel.device == "cpu":
@@ -212,7 +212,7 @@ def gpus_of_servers(config: Config, ranks: int) -> int:
     """How many GPUs, counted from 0, rank 0's machine needs for the servers that the run starts beside its
     `ranks` ranks; 0 where it starts none."""
     c = config.rollout.sglang
-    if config.rollout.engine != "sglang" or c.urls or c.router:
+    if config.rollout.engine != "sglang" or not c.managed:
         return 0
     if c.launch.devices:
         return max(c.launch.devices) + 1
@@ -344,7 +344,7 @@ def _room(config: Config, wanted: int, positions: int) -> Iterator[str]:
     """Whether the servers' context and cache, as far as they are known, hold the longest sequence."""
     c = config.rollout.sglang
     limits = {f"the model's {positions} positions": positions}
-    if not (c.urls or c.router):
+    if c.managed:
         for name in ("context_length", "max_total_tokens"):
             if type(value := c.launch.args.get(name)) is int:
                 limits[f"rollout.sglang.launch.args.{name} {value}"] = value
@@ -421,7 +421,12 @@ def _tokenizer(folder: Path, vocab_size: int) -> Iterator[str]:
         return
     if files[0] == "vocab.json":
         tokenizer = {"model": {"vocab": tokenizer}}
-    highest = max(_token_ids(tokenizer), default=-1)
+    yield from beyond_vocabulary(_token_ids(tokenizer), vocab_size)
+
+
+def beyond_vocabulary(token_ids: Iterable[int], vocab_size: int) -> Iterator[str]:
+    """The problem of a tokenizer with ids that the model has not, if there are any."""
+    highest = max(token_ids, default=-1)
     if highest >= vocab_size:
         yield (
             f"model.path: the tokenizer's ids go up to {highest}, but config.json has "

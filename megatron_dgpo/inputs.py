@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_dgpo.checks import AnyConfig, tokenizer_files
+from megatron_dgpo.checks import AnyConfig, beyond_vocabulary, tokenizer_files
 from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.config import RESERVED_POSITIONS, Config, SFTConfig, SFTDataConfig
 from megatron_dgpo.config.sources import HubDataset, parse_source
@@ -72,12 +72,11 @@ def load_tokenizer(config: AnyConfig) -> Any:
         tokenizer = tokenizers.load_tokenizer(config.model.path)
     except ValueError as error:
         raise ValueError(f"model.path: {error}") from error
-    highest, size = max(tokenizer.get_vocab().values(), default=-1), ModelShape.of(config.model).vocab_size
-    if highest >= size and tokenizer_files(config.model.path) == ("tokenizer.model",):
-        raise ValueError(
-            f"model.path: the tokenizer's ids go up to {highest}, but config.json has vocab_size {size}; "
-            f"it must be at least {highest + 1}"
-        )
+    if tokenizer_files(config.model.path) == ("tokenizer.model",):
+        for problem in beyond_vocabulary(
+            tokenizer.get_vocab().values(), ModelShape.of(config.model).vocab_size
+        ):
+            raise ValueError(problem)
     return tokenizer
 
 

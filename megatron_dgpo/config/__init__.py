@@ -163,6 +163,11 @@ class SGLangConfig(Section):
     address: str = "127.0.0.1"
     """Where servers reach the trainer's broadcasts; "hostname": by the name of each rank's machine."""
 
+    @property
+    def managed(self) -> bool:
+        """Whether the run starts the servers, and ends them."""
+        return not (self.urls or self.router)
+
 
 class RolloutConfig(GenerationConfig):
     engine: Literal["embedded", "sglang"] = "embedded"

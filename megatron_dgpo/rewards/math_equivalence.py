@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from megatron_dgpo.rewards.answers import canonical, gold_answer
@@ -165,7 +166,7 @@ def _correct(gold: str, answer: str) -> bool:
         return chosen(answer) == letter[1]
     if SEQUENCE.fullmatch(gold.strip()):
         return _letters(gold) == _letters(answer)
-    pairs = [(g, a) for g in readings(gold) for a in readings(answer)]
+    pairs = list(product(readings(gold), readings(answer)))
     try:
         return any(same(g, a, _by_math_verify) for g, a in pairs) or _unread(gold, answer, pairs)
     except NoValue:

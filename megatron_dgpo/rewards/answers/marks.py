@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 
+from megatron_dgpo import jsontext
 from megatron_dgpo.rewards.answers.spelling import without_markdown
 
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])")
@@ -271,7 +271,7 @@ def json_answers(gold: str) -> list[str] | None:
     if not gold.lstrip().startswith('["'):
         return None
     try:
-        found = json.loads(gold)
-    except (ValueError, RecursionError):
+        found = jsontext.loads(gold)
+    except ValueError:
         return None
     return found if isinstance(found, list) and all(isinstance(one, str) for one in found) and found else None

@@ -55,7 +55,7 @@ class Fleet:
         self._model_path = model_path
         self._dtype = dtype
         self._log_folder = log_folder
-        self._managed = not (config.urls or config.router)
+        self._managed = config.managed
         self._processes: dict[int, ServerProcess] = {}
         self._restarts_left = config.launch.max_restarts
         self.id: str
