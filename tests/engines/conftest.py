@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,25 @@ def sglang_python() -> Path:
 
 
 @pytest.fixture(scope="session")
+def warm_python(sglang_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sglang_python` for servers that start in a second: they are forks of one process, which has imported
+    what they need. Their process is not a child of the one that starts them (see `warm_python.py`)."""
+    folder = tmp_path_factory.mktemp("warm")
+    script = folder / "python"
+    words = [
+        sys.executable,
+        "-IS",
+        Path(__file__).with_name("warm_python.py"),
+        sglang_python,
+        folder,
+        os.getpid(),
+    ]
+    script.write_text(f'#!/bin/sh\nexec {shlex.join(map(str, words))} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     made = {name: write_model(root / name, **how) for name, how in FAMILIES.items()}
@@ -48,11 +69,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def servers(
-    folders: dict[str, Path], sglang_python: Path, tmp_path_factory: pytest.TempPathFactory
+    folders: dict[str, Path], warm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, ServerProcess]]:
     """A server of each folder, started side by side, with the folder's weights."""
     logs = tmp_path_factory.mktemp("logs")
-    launch = LaunchConfig(python=sglang_python, args={"load_format": "auto"})
+    launch = LaunchConfig(python=warm_python, args={"load_format": "auto"})
     made: dict[str, ServerProcess] = {}
     try:
         for n, (name, folder) in enumerate(folders.items()):

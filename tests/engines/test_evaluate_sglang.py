@@ -17,7 +17,7 @@ PROMPTS = ("abc", "1+2", "dog", "77", "a=b", "x.y,z")
 
 
 def test_greedy_samples_are_those_of_the_embedded_engine_and_end_alike(
-    folders: dict[str, Path], servers: dict[str, ServerProcess], sglang_python: Path, tmp_path: Path
+    folders: dict[str, Path], servers: dict[str, ServerProcess], warm_python: Path, tmp_path: Path
 ) -> None:
     model = shutil.copytree(folders["qwen2"], tmp_path / "model")
     write_tokenizer(model)
@@ -27,7 +27,7 @@ def test_greedy_samples_are_those_of_the_embedded_engine_and_end_alike(
     engines = {
         "without stops": [],
         "embedded": [],
-        "broadcast": [*sglang, "--sglang-python", sglang_python],
+        "broadcast": [*sglang, "--sglang-python", warm_python],
         "servers' own": [*sglang, "--url", servers["qwen2"].url, "--servers-load"],
     }
     # A coroutine cannot run where the answers come in, which is an event loop; it takes 0.2 s.

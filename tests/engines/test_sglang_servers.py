@@ -14,7 +14,6 @@ import psutil
 import pytest
 from patience import patience, until
 
-from megatron_dgpo import platform
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
@@ -32,12 +31,12 @@ def start(folder: Path, launch: LaunchConfig, log_file: Path) -> ServerProcess:
     return ServerProcess(folder, launch, number=0, dtype="float32", log_file=log_file)
 
 
-def test_a_port_that_is_taken_is_named(folders: dict[str, Path], sglang_python: Path, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named(folders: dict[str, Path], warm_python: Path, tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        launch = LaunchConfig(python=sglang_python, args={"port": port})
+        launch = LaunchConfig(python=warm_python, args={"port": port})
         with pytest.raises(ServerFailed, match=f"launch.args.port: 127.0.0.1:{port} is in use"):
             start(folders["qwen2"], launch, tmp_path / "log")
 
@@ -48,9 +47,9 @@ def test_an_interpreter_that_is_not_there_is_named(folders: dict[str, Path], tmp
 
 
 def test_a_server_that_cannot_start_says_why(
-    folders: dict[str, Path], sglang_python: Path, tmp_path: Path
+    folders: dict[str, Path], warm_python: Path, tmp_path: Path
 ) -> None:
-    launch = LaunchConfig(python=sglang_python, args={"no_such_option": 3})
+    launch = LaunchConfig(python=warm_python, args={"no_such_option": 3})
     server = start(folders["qwen2"], launch, tmp_path / "log")
     try:
         with pytest.raises(ServerFailed, match="(?s)ended with status.*--no-such-option"):
@@ -66,19 +65,6 @@ def test_a_server_of_another_family_is_refused(
     assert check_server(url, folders["llama"]) == 1
     with pytest.raises(ServerFailed, match=f"{url} serves .*llama.*, whose model_type is 'llama'.*'qwen3'"):
         check_server(url, folders["qwen3"])
-
-
-@pytest.mark.skipif(sys.platform != "linux" or platform.has_gpu(), reason="only on Linux without a GPU")
-def test_a_servers_processes_are_forks_of_the_first(servers: dict[str, ServerProcess]) -> None:
-    """SGLang's own choice, to spawn them, makes a start three times as long."""
-    for server in servers.values():
-        children = psutil.Process(server.pid).children(recursive=True)
-        assert len(children) >= 2
-        # Another program would have been loaded to other addresses.
-        auxiliary = {
-            Path(f"/proc/{pid}/auxv").read_bytes() for pid in (server.pid, *(c.pid for c in children))
-        }
-        assert len(auxiliary) == 1
 
 
 def test_what_is_no_server_is_said_so(servers: dict[str, ServerProcess], folders: dict[str, Path]) -> None:

@@ -16,6 +16,7 @@ from patience import patience, until
 from spawn import run_ranks
 from tiny import write_model
 
+from megatron_dgpo import platform
 from megatron_dgpo.rollout.sglang.servers import ServerProcess
 
 SPLITS = [{"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2}]
@@ -77,9 +78,9 @@ def test_given_servers_that_die_are_dropped(
     assert seen["push"].startswith("FleetLost") and urls[1] in seen["push"]
 
 
-def test_a_managed_server_that_dies_is_started_again(folders: dict[str, Path], sglang_python: Path) -> None:
+def test_a_managed_server_that_dies_is_started_again(folders: dict[str, Path], warm_python: Path) -> None:
     (seen,) = run_ranks(
-        sync_ranks.managed_server_killed_twice, 1, folders["qwen2"], sglang_python, timeout=patience(1800)
+        sync_ranks.managed_server_killed_twice, 1, folders["qwen2"], warm_python, timeout=patience(1800)
     )
     assert seen["prompts"] == [f"p{i}" for i in range(16)]
     assert seen["samples"] == [2] * 16
@@ -101,7 +102,11 @@ def test_a_server_that_waits_in_a_broadcast_ends_with_the_trainer(
         until(lambda: note.exists() or trainer.poll() is not None, "a server that waits")
         server = psutil.Process(int(note.read_text()))
         family = [server, *server.children(recursive=True)]
-        assert len(family) > 1
+        assert len(family) > 2
+        if sys.platform == "linux" and not platform.has_gpu():
+            # All are forks of the first: another program would have been loaded to other addresses. SGLang's
+            # own choice, to spawn them, makes a start three times as long.
+            assert len({Path(f"/proc/{member.pid}/auxv").read_bytes() for member in family}) == 1
     finally:
         trainer.send_signal(signal.SIGKILL)
         trainer.wait()

@@ -59,14 +59,14 @@ def test_servers_without_sessions_and_servers_that_fail(
 def test_a_tensor_parallel_server_beside_a_small_one(
     folders: dict[str, Path],
     servers: dict[str, ServerProcess],
-    sglang_python: Path,
+    warm_python: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of three server ranks the first two are one server's."""
     # SGLang wants a NUMA node for each rank of a CPU server, or to be told its cores.
     monkeypatch.setenv("SGLANG_CPU_OMP_THREADS_BIND", "0|1" if (os.cpu_count() or 1) > 1 else "0|0")
-    launch = LaunchConfig(python=sglang_python, tensor_parallel_size=2)
+    launch = LaunchConfig(python=warm_python, tensor_parallel_size=2)
     wide = ServerProcess(folders["llama"], launch, number=0, dtype="float32", log_file=tmp_path / "log")
     try:
         wide.wait_ready(patience())
@@ -78,13 +78,13 @@ def test_a_tensor_parallel_server_beside_a_small_one(
 
 
 def test_servers_killed_while_a_stage_sends_are_started_again(
-    folders: dict[str, Path], sglang_python: Path
+    folders: dict[str, Path], warm_python: Path
 ) -> None:
     by_rank = run_ranks(
         trouble_ranks.managed_servers_killed_at_each_stage,
         4,
         folders["qwen3"],
-        sglang_python,
+        warm_python,
         timeout=patience(1800),
     )
     seen = by_rank[0]

@@ -87,11 +87,11 @@ def server_of(launch: Launch) -> psutil.Process:
 
 
 def test_a_server_that_is_killed_costs_a_run_with_async_steps_nothing(
-    model: Path, sglang_python: Path, tmp_path: Path
+    model: Path, warm_python: Path, tmp_path: Path
 ) -> None:
     words = ("--train.steps", 4, "--train.async_steps", 1, "--algorithm.tis_cap", 2.0)
     words += ("--parallel.tensor_model_parallel_size", 2)
-    words += ("--rollout.sglang.launch.python", sglang_python)
+    words += ("--rollout.sglang.launch.python", warm_python)
     launch = start("megatron_dgpo.train", model, tmp_path, *words)
     try:
         launch.wait_until(lambda: len(steps(tmp_path)) == 1)

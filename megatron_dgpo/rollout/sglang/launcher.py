@@ -73,11 +73,17 @@ def _end_with_trainer() -> None:
 if os.environ.get(WITHOUT_GPU):
     _do_without_gpu_packages()
 
-if __name__ == "__main__":
+
+def main(arguments: list[str]) -> None:
+    """The server that these words of SGLang's command line describe, until it ends."""
     _end_with_trainer()
     if os.environ.get(WITHOUT_GPU) and sys.platform == "linux":
         _fork_processes()
     from sglang.launch_server import run_server  # type: ignore[import-not-found]
     from sglang.srt.server_args import prepare_server_args  # type: ignore[import-not-found]
 
-    run_server(prepare_server_args(sys.argv[1:]))
+    run_server(prepare_server_args(arguments))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
