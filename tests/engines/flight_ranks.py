@@ -49,17 +49,17 @@ def sync_while_drawing(
 
 
 def _drawn(trainer: Trainer) -> list[Sample]:
-    """Samples in the middle of which version 2 is pushed: when the first fifty are there."""
+    """Samples in the middle of which version 2 is pushed: when the first thirty are there."""
     prompts = [
         Prompt(f"p{trainer.groups.rank}.{i}", tuple((i * k) % VOCAB for k in range(1, 4)), "", "")
         for i in range(8)
     ]
-    params = SamplingParams(max_new_tokens=TOKENS, n=48, stop_token_ids=STOPS)
+    params = SamplingParams(max_new_tokens=TOKENS, n=24, stop_token_ids=STOPS)
     begun, done = threading.Event(), []
 
     def on_progress(count: int) -> None:
         done.append(count)
-        if sum(done) >= 50:
+        if sum(done) >= 30:
             begun.set()
 
     with ThreadPoolExecutor(1) as pool:

@@ -107,7 +107,8 @@ def syncs_at_splits(
     rank: int, world: int, cases: Sequence[tuple[Path, tuple[str, ...]]], splits: Sequence[dict[str, Any]]
 ) -> list[list[tuple[int, float, float]]]:
     """For each folder and its servers, on rank 0: (syncs, engine against transformers, engine against
-    trainer), the largest differences over the probe's tokens after 0, 1 and 5 syncs at each split."""
+    trainer), the largest differences over the probe's tokens after 0 syncs, one at each split, and five at
+    the first."""
     return [_syncs(folder, urls, splits) for folder, urls in cases]
 
 
@@ -123,7 +124,7 @@ def _syncs(
             ids = probe_ids(trainer.shape.vocab_size, trainer.shape.max_positions)
             if version == 0:  # what the servers loaded themselves, and the trainer too
                 out.append((0, *_differences(trainer, ids, dict(_plain(folder)))))
-            for count in range(1, 6):
+            for count in range(1, 6 if sizes == splits[0] else 2):
                 version += 1
                 trainer.change_weights(version)
                 trainer.sync.push(version)

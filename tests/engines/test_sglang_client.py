@@ -553,19 +553,25 @@ def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(urls: dic
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "limit", "says"),
     [
-        (lambda number, answer: web.Response(status=500, text="oh no"), "answered 500: oh no; sent 3 times"),
-        (lambda number, answer: _late(answer), "no answer to /generate in 1 s; sent 2 times"),
+        (
+            lambda number, answer: web.Response(status=500, text="oh no"),
+            patience(),
+            "answered 500: oh no; sent 3 times",
+        ),
+        (lambda number, answer: _late(answer), 1, "no answer to /generate in 1 s; sent 2 times"),
     ],
     ids=["status 500", "slow"],
 )
-def test_a_router_that_keeps_failing_is_named(fault: Any, says: str, urls: dict[str, str]) -> None:
+def test_a_router_that_keeps_failing_is_named(
+    fault: Any, limit: float, says: str, urls: dict[str, str]
+) -> None:
     with (
         between(urls["qwen2"], fault) as one,
         between(urls["ends"], fault) as two,
         serving(Router([one, two]).handle) as url,
-        client_of(one, two, generate_url=url, request_timeout=1) as client,
+        client_of(one, two, generate_url=url, request_timeout=limit) as client,
     ):
         with pytest.raises(
             RouterFailed, match=f"(?s)router {url}.*{says}.*its workers are well: {one}, {two}"

@@ -63,6 +63,13 @@ def become(wanted: dict, streams: list[int], connection: socket.socket) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def tell(connection: socket.socket, number: int) -> None:
+    try:
+        connection.sendall(f"{number}\n".encode())
+    except OSError:  # whoever asked has been killed, and the fork ends by itself
+        pass
+
+
 def serve(address: str, owner: int) -> list[str] | None:
     """Answer requests until the owner ends; in a fork, the words of its command line."""
     listener = socket.socket(socket.AF_UNIX)
@@ -81,13 +88,14 @@ def serve(address: str, owner: int) -> list[str] | None:
                 connection, child = key.data
                 waiting.unregister(key.fileobj)
                 os.close(key.fd)
-                connection.sendall(f"{os.waitpid(child, 0)[1]}\n".encode())
+                tell(connection, os.waitpid(child, 0)[1])
                 connection.close()
                 continue
             connection, _ = listener.accept()
             try:
                 wanted, streams = receive(connection)
-            except EOFError:
+            except (EOFError, OSError):
+                connection.close()
                 continue
             child = os.fork()
             if child == 0:
@@ -96,7 +104,7 @@ def serve(address: str, owner: int) -> list[str] | None:
                 return wanted["arguments"]
             for stream in streams:
                 os.close(stream)
-            connection.sendall(f"{child}\n".encode())
+            tell(connection, child)
             waiting.register(os.pidfd_open(child), selectors.EVENT_READ, (connection, child))
 
 
