@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,13 +20,14 @@ import pytest
 import torch
 from aiohttp import web
 from conftest import CONFIG_EOS
-from patience import patience
+from patience import patience, until
 from tiny import VOCAB, hf_model
 
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
 from megatron_dgpo.rollout.sglang import client as client_module
 from megatron_dgpo.rollout.sglang.client import BadAnswer, RouterFailed, SGLangClient
-from megatron_dgpo.rollout.sglang.servers import ServerProcess
+from megatron_dgpo.rollout.sglang.router import take_out
+from megatron_dgpo.rollout.sglang.servers import ServerFailed, ServerProcess, workers_of_router
 from megatron_dgpo.types import Group, Prompt, Sample
 
 BOUND = 1e-4
@@ -480,41 +483,55 @@ def test_the_longest_sequence_that_is_let_through_comes_whole(urls: dict[str, st
 # --- a router -----------------------------------------------------------------------------------------
 
 
-class Router:
-    """Answers as an sglang-router does: each sample by the next worker, 503 for one that does not answer.
+@contextmanager
+def router_of(python: Path, workers: Sequence[str], log_file: Path, **options: Any) -> Iterator[str]:
+    """A real sglang-router in front of these workers, with the options that README names; its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    settings = dict(
+        worker_urls=list(workers),
+        host="127.0.0.1",
+        port=port,
+        policy="round_robin",
+        worker_startup_check_interval=1,
+        disable_retries=True,
+        disable_circuit_breaker=True,
+    )
+    with log_file.open("ab") as log:
+        command = [python, "-c", START_ROUTER, json.dumps({**settings, **options})]
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    try:
 
-    Args:
-        names: how it wants a worker to be named that is taken out, which differs between releases.
-    """
-
-    def __init__(self, workers: Sequence[str], names: str = "id") -> None:
-        self.workers = dict(zip(("id-0", "id-1"), workers, strict=True))
-        self.names = names
-        self._turn = itertools.count()
-
-    async def handle(self, request: web.Request) -> web.Response:
-        known = self.workers if self.names == "id" else {url: url for url in self.workers.values()}
-        if request.path == "/generate":
-            workers = list(self.workers.values())
+        def ready() -> bool:
+            assert process.poll() is None, log_file.read_text()
             try:
-                status, text = await passed_on(request, workers[next(self._turn) % len(workers)])
-            except aiohttp.ClientError as error:
-                return web.Response(status=503, text=f"worker: {error}")
-            return web.Response(text=text, status=status, content_type="application/json")
-        if self.names == "query":
-            if (request.method, request.path) == ("POST", "/remove_worker"):
-                return self._remove(known, request.query["url"])
-        elif (request.method, request.path) == ("GET", "/workers"):
-            return web.json_response({"workers": [{"id": i, "url": url} for i, url in self.workers.items()]})
-        elif request.method == "DELETE" and request.path.startswith("/workers/"):
-            return self._remove(known, request.path.removeprefix("/workers/"))
-        return web.Response(status=404)
+                return sorted(workers_of_router(url)) == sorted(workers)
+            except ServerFailed:
+                return False
 
-    def _remove(self, known: dict[str, str], name: str) -> web.Response:
-        if name not in known:
-            return web.Response(status=400, text="no such worker")
-        self.workers = {i: url for i, url in self.workers.items() if url != known[name]}
-        return web.json_response({"status": "accepted"}, status=202)
+        until(ready, "a router with its workers")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+START_ROUTER = """
+import json, sys
+from sglang_router.router import Router
+from sglang_router.router_args import RouterArgs
+Router.from_args(RouterArgs(**json.loads(sys.argv[1]))).start()
+"""
+"""`python -m sglang_router.launch_router` imports SGLang too, which takes long and wants its GPU packages."""
+
+
+@pytest.fixture(scope="module")
+def router_python(sglang_python: Path) -> Path:
+    if subprocess.run([sglang_python, "-c", "import sglang_router.router"], capture_output=True).returncode:
+        pytest.skip(f"sglang-router is not installed beside {sglang_python} (make sglang)")
+    return sglang_python
 
 
 def counted(seen: list[int]) -> Callable[[int, dict[str, Any]], Any]:
@@ -525,31 +542,82 @@ def counted(seen: list[int]) -> Callable[[int, dict[str, Any]], Any]:
     return fault
 
 
-@pytest.mark.parametrize("names", ["id", "url", "query"])
-def test_a_worker_that_dies_behind_a_router_is_taken_out(names: str, urls: dict[str, str]) -> None:
+def test_a_worker_that_dies_behind_a_router_is_taken_out(
+    urls: dict[str, str], router_python: Path, tmp_path: Path
+) -> None:
     first: list[int] = []
     with (
         between(urls["qwen2"], counted(first), alive=lambda: len(first) < 4) as mortal,
-        serving((router := Router([mortal, urls["ends"]], names)).handle) as url,
+        router_of(router_python, [mortal, urls["ends"]], tmp_path / "log") as url,
         client_of(mortal, urls["ends"], generate_url=url, max_concurrency=2) as client,
     ):
         groups = complete(client.generate(PROMPTS * 2, FEW))
         assert [len(g.samples) for g in groups] == [2] * 12
         assert all(len(s.token_ids) == 6 for g in groups for s in g.samples)
         assert client.live == [urls["ends"]] and mortal in client.dead
-        assert list(router.workers.values()) == [urls["ends"]]
+        until(lambda: workers_of_router(url) == [urls["ends"]], "the worker is taken out")
         assert len(first) >= 4
 
 
-def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(urls: dict[str, str]) -> None:
+@pytest.mark.parametrize("names", ["url", "query"])
+def test_older_routers_have_other_names_for_a_worker_that_is_taken_out(names: str) -> None:
+    """Some know workers by their URL, and the oldest have a path of their own for it."""
+    workers = ["http://a:1", "http://b:2"]
+
+    async def handle(request: web.Request) -> web.Response:
+        asked = request.method, request.path
+        if names == "query" and asked == ("POST", "/remove_worker"):
+            workers.remove(request.query["url"])
+        elif names == "url" and asked == ("GET", "/workers"):
+            return web.json_response({"workers": [{"id": f"id of {w}", "url": w} for w in workers]})
+        elif names == "url" and asked == ("DELETE", "/workers/http://b:2"):
+            workers.remove("http://b:2")
+        else:
+            return web.Response(status=400 if asked[0] == "DELETE" else 404)
+        return web.Response()
+
+    with serving(handle) as url, client_of() as client:
+        client._http.run(take_out(client._http, url, "http://b:2"))
+    assert workers == ["http://a:1"]
+
+
+def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(
+    urls: dict[str, str], router_python: Path, tmp_path: Path
+) -> None:
     with (
         between(urls["qwen2"], lambda number, answer: _late(answer) if number == 1 else answer) as worker,
-        serving(Router([worker, urls["ends"]]).handle) as url,
+        router_of(router_python, [worker, urls["ends"]], tmp_path / "log") as url,
         client_of(worker, urls["ends"], generate_url=url, request_timeout=6) as client,
     ):
         groups = complete(client.generate(PROMPTS, FEW))
         assert [len(g.samples) for g in groups] == [2] * 6
         assert client.live == [worker, urls["ends"]]
+
+
+def test_a_request_that_a_router_repeats_while_a_worker_has_it_is_drawn_again(
+    urls: dict[str, str], router_python: Path, tmp_path: Path
+) -> None:
+    """The router loses some connections, and its own retries, with the same request id, come back refused."""
+    count, said, lost = itertools.count(), [], []
+
+    async def handle(request: web.Request) -> web.Response:
+        if request.path == "/generate" and next(count) < 6:
+            lost.append(asyncio.ensure_future(passed_on(request, urls["qwen2"])))
+            await asyncio.sleep(0.05)  # it arrives
+            return dropped(request)
+        status, text = await passed_on(request, urls["qwen2"])
+        said.append(text if status == 400 else "")
+        return web.Response(text=text, status=status, content_type="application/json")
+
+    long = SamplingParams(max_new_tokens=50, n=8)
+    with (
+        serving(handle) as worker,
+        router_of(router_python, [worker], tmp_path / "log", disable_retries=False) as url,
+        client_of(worker, generate_url=url) as client,
+    ):
+        groups = complete(client.generate(PROMPTS, long))
+        assert [len(g.samples) for g in groups] == [8] * 6 and client.live == [worker]
+    assert any("Duplicate request ID" in text for text in said)
 
 
 @pytest.mark.parametrize(
@@ -558,19 +626,19 @@ def test_a_slow_sample_behind_a_router_is_drawn_again_and_kills_nobody(urls: dic
         (
             lambda number, answer: web.Response(status=500, text="oh no"),
             patience(),
-            "answered 500: oh no; sent 3 times",
+            "answered 500: .*oh no.*; sent 3 times",
         ),
         (lambda number, answer: _late(answer), 1, "no answer to /generate in 1 s; sent 2 times"),
     ],
     ids=["status 500", "slow"],
 )
 def test_a_router_that_keeps_failing_is_named(
-    fault: Any, limit: float, says: str, urls: dict[str, str]
+    fault: Any, limit: float, says: str, urls: dict[str, str], router_python: Path, tmp_path: Path
 ) -> None:
     with (
         between(urls["qwen2"], fault) as one,
         between(urls["ends"], fault) as two,
-        serving(Router([one, two]).handle) as url,
+        router_of(router_python, [one, two], tmp_path / "log") as url,
         client_of(one, two, generate_url=url, request_timeout=limit) as client,
     ):
         with pytest.raises(

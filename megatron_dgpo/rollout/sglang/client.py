@@ -32,6 +32,8 @@ _LONGEST_PAUSE_SECONDS = 4.0
 _HEALTH_TIMEOUT_SECONDS = 5.0
 _POLL_SECONDS = 0.2
 _SERVER_ERROR = 500
+_BUSY = (408, 429)
+"""A router had no time or no room."""
 _MAX_ABORTS = 20
 """A sample that a sync aborts is drawn again; one that is aborted this often has another problem."""
 
@@ -229,7 +231,7 @@ class SGLangClient:
                     url, "/generate", {**payload, "rid": rid}, timeout=self._timeout, fresh=False
                 )
             except (ServerGone, ServerError) as error:
-                if isinstance(error, ServerError) and error.status < _SERVER_ERROR:
+                if isinstance(error, ServerError) and not _may_be_repeated(error):
                     raise
                 failure = error
             finally:
@@ -253,8 +255,8 @@ class SGLangClient:
         only: the other ranks wait.
         """
         slow = isinstance(error, ServerTimeout)
-        if slow:
-            await self.abort([rid])
+        if slow or _is_duplicate(error):
+            await self.abort([rid])  # a worker still draws what nobody waits for
         if await self._check_health(self.live, error):
             return 0
         if failures > (min(self._retries, 1) if slow else self._retries):
@@ -348,6 +350,16 @@ class SGLangClient:
                     f"prompt {prompt.id!r}: {len(prompt.token_ids)} tokens and max_new_tokens "
                     f"{params.max_new_tokens} exceed {limits[what]}: {what}"
                 )
+
+
+def _may_be_repeated(error: ServerError) -> bool:
+    return error.status >= _SERVER_ERROR or error.status in _BUSY or _is_duplicate(error)
+
+
+def _is_duplicate(error: Exception) -> bool:
+    """Whether a worker had the request already: a router sends one again, under its own id, whose worker it
+    lost the connection to."""
+    return isinstance(error, ServerError) and error.status == 400 and "Duplicate request ID" in str(error)
 
 
 async def _pause(count: int) -> None:
