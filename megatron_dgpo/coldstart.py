@@ -63,7 +63,8 @@ def evaluate(
     """Held-out accuracy of the finished cold start."""
     engine = build_engine(config, groups)
     score = partial(score_sequences, policy, max_tokens=config.train.max_tokens_per_microbatch)
-    WeightSync(policy.model, groups, engine, SyncConfig(), score).push(version=state.step)
+    sync = WeightSync(policy.model, groups, engine, SyncConfig(), score, data.heldout)
+    sync.push(version=state.step)
     r = config.reward
     with build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers) as reward:
         evaluator = Evaluator(config, groups, engine, reward, data.heldout, data.stop_ids)

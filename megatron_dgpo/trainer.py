@@ -72,7 +72,9 @@ class Trainer:
             self.critic = build_critic(config, groups, total_updates=updates)
         self.engine = build_engine(config, groups)
         score = partial(score_sequences, self.policy, max_tokens=c.max_tokens_per_microbatch)
-        self.sync = WeightSync(self.policy.model, groups, self.engine, config.sync, score)
+        # A few are enough, and the first of the order that the run draws in.
+        first = [self.prompts[i] for i in self.cursor.indices(0)[:4]]
+        self.sync = WeightSync(self.policy.model, groups, self.engine, config.sync, score, first)
         self.reward = build_reward(
             config.reward.name,
             timeout_seconds=config.reward.timeout_seconds,
@@ -108,6 +110,7 @@ class Trainer:
         rollout = self.rollouts.step(state.draws, self.console.phase)
         if self.config.reward.shuffle:
             shuffle_rewards(rollout.groups, seed=self.sampling(state.draws).seed)
+        self.sync.probe_with(rollout.groups)
         self.engine.rest()
         self.algorithm.assign_advantages(rollout.groups)
         state.draws += rollout.tally.rounds

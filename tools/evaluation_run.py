@@ -36,6 +36,7 @@ from megatron_dgpo.progress import progress, watched
 from megatron_dgpo.rewards import Reward, build_reward
 from megatron_dgpo.rollout.embedded import EmbeddedEngine
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
+from megatron_dgpo.rollout.sglang.client import SampleLate
 from megatron_dgpo.rollout.sglang.engine import SGLangEngine, WeightUpdateFailed
 from megatron_dgpo.rollout.sglang.fleet import Fleet, FleetLost
 from megatron_dgpo.types import Group, Prompt
@@ -163,7 +164,7 @@ def draw(
     ):
         build = _sglang if options.engine == "sglang" else _embedded
         try:
-            with closing(build(options, model, groups, Path(logs))) as engine:
+            with closing(build(options, model, groups, Path(logs), prompts)) as engine:
                 engine.generate(
                     prompts,
                     params,
@@ -180,7 +181,7 @@ def draw(
 
 
 def _embedded(
-    options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path
+    options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path, prompts: list[Prompt]
 ) -> EmbeddedEngine:
     dtype = _DTYPES[options.dtype]
     engine = EmbeddedEngine(
@@ -195,7 +196,9 @@ def _embedded(
     return engine
 
 
-def _sglang(options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path) -> SGLangEngine:
+def _sglang(
+    options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path, prompts: list[Prompt]
+) -> SGLangEngine:
     """Servers with the weights: broadcast from here and proved by the probe, or their own."""
     shape, own = model.shape, options.servers_load
     launch = LaunchConfig(
@@ -205,7 +208,10 @@ def _sglang(options: argparse.Namespace, model: Model, groups: platform.Groups, 
         args={"load_format": "auto"} if own else {},
     )
     config = SGLangConfig(
-        urls=tuple(options.url), launch=launch, request_timeout_seconds=options.request_timeout_seconds
+        urls=tuple(options.url),
+        launch=launch,
+        request_timeout_seconds=options.request_timeout_seconds,
+        min_tokens_per_second=options.min_tokens_per_second,
     )
     sync = SyncConfig()
     fleet = Fleet(config, groups, model_path=model.folder, dtype=options.dtype, log_folder=logs)
@@ -217,12 +223,13 @@ def _sglang(options: argparse.Namespace, model: Model, groups: platform.Groups, 
         decode=partial(model.tokenizer.decode, skip_special_tokens=True),
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
+        max_new_tokens=options.max_new_tokens,
     )
     try:
         if own:
             engine.adopt(0)
         else:
-            _broadcast(options, shape, groups, engine, sync)
+            _broadcast(options, shape, groups, engine, sync, prompts)
     except BaseException:
         engine.close()
         raise
@@ -235,11 +242,12 @@ def _broadcast(
     groups: platform.Groups,
     engine: SGLangEngine,
     sync: SyncConfig,
+    prompts: list[Prompt],
 ) -> None:
     model = build_model(shape, ParallelConfig(), groups, params_dtype=_DTYPES[options.dtype])
     convert.load_folder(model, groups, options.model)
     score = partial(score_sequences, Frozen(model, groups), max_tokens=8192)
-    WeightSync(model, groups, engine, sync, score).push(0)
+    WeightSync(model, groups, engine, sync, score, prompts).push(0)
 
 
 class ServersLost(RuntimeError):
@@ -272,7 +280,7 @@ def evaluate(
             try:
                 with Scoring(reward.score, keep) as scoring:
                     draw(options, model, missing, scoring)
-            except (EnginesLost, FleetLost, WeightUpdateFailed) as error:
+            except (EnginesLost, FleetLost, SampleLate, WeightUpdateFailed) as error:
                 done = f"{len(kept)} of {len(prompts)} problems are done"
                 then = f"in {options.out}, from which the same command goes on" if options.out else "not kept"
                 raise ServersLost(f"{error}; {done} and {then}") from error

@@ -151,9 +151,11 @@ class SGLangConfig(Section):
     """Servers that the run starts."""
     max_concurrent_requests: PositiveInt = 256
     """Samples in flight at a server, from all ranks together."""
-    request_timeout_seconds: Positive = 270.0
-    """A sample that takes longer counts as a failure of its server, and is drawn again: at most half of
-    parallel.timeout_seconds, for which the other ranks wait."""
+    request_timeout_seconds: NonNegative = 0.0
+    """A sample that takes longer is drawn again, once: at most half of parallel.timeout_seconds, for which
+    the other ranks wait. 0: a minute, and the most tokens of a response at min_tokens_per_second."""
+    min_tokens_per_second: Positive = 10.0
+    """Of one sample, at the least, the wait for its turn at the server included."""
     retries: Count = 3
     """How many times a request that failed is sent to a server again, with growing pauses, until the server
     counts as dead."""
@@ -162,6 +164,10 @@ class SGLangConfig(Section):
     through shared memory (CUDA IPC) instead of a broadcast."""
     address: str = "127.0.0.1"
     """Where servers reach the trainer's broadcasts; "hostname": by the name of each rank's machine."""
+
+    def sample_timeout(self, max_new_tokens: int) -> float:
+        """Seconds that a sample of so many tokens may take."""
+        return self.request_timeout_seconds or 60.0 + max_new_tokens / self.min_tokens_per_second
 
     @property
     def managed(self) -> bool:
@@ -196,9 +202,10 @@ class SyncConfig(Section):
     in_flight: Literal["retract", "abort"] = "retract"
     """Samples that are being drawn while weights change: go on under the new ones, or start again."""
     probe_every: Count = 1
-    """Compare engine and trainer on fixed token ids after the sync of every so many steps; 0 never does."""
+    """Compare engine and trainer on the run's prompts and responses after the sync of every so many steps; 0
+    never does."""
     max_log_prob_gap: NonNegative = 0.0
-    """Mean difference in nats at which the probe ends the run; 0: 1e-3 in float32, 0.05 in bfloat16."""
+    """Mean difference in nats at which the probe ends the run; 0: 1e-3 in float32, 0.2 in bfloat16."""
     timeout_seconds: PositiveInt = 300
     """How long a sync may wait for a server before the server counts as dead."""
 
