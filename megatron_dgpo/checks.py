@@ -114,11 +114,19 @@ def _sglang(config: Config, world_size: int) -> Iterator[str]:
     yield from _launch(c.launch, managed=not given)
     yield from _places(config, given, world_size)
     limit = config.parallel.timeout_seconds
-    if 2 * c.request_timeout_seconds > limit:
+    if 2 * (taken := c.sample_timeout(config.rollout.max_new_tokens)) > limit:
+        follows = (
+            ""
+            if c.request_timeout_seconds
+            else (
+                f" (60 s and rollout.max_new_tokens {config.rollout.max_new_tokens} at "
+                f"rollout.sglang.min_tokens_per_second {c.min_tokens_per_second:g})"
+            )
+        )
         yield (
-            f"rollout.sglang.request_timeout_seconds: a sample that took {c.request_timeout_seconds:g} is "
-            f"drawn again, and the other ranks wait for parallel.timeout_seconds {limit}; use at most half "
-            "of that"
+            f"rollout.sglang.request_timeout_seconds: a sample that took {taken:g}{follows} is drawn again, "
+            f"and the other ranks wait for parallel.timeout_seconds {limit}; use at most half of that, or at "
+            f"least {2 * taken:g} there"
         )
     for key, seconds in (
         ("sync.timeout_seconds", config.sync.timeout_seconds),

@@ -240,6 +240,7 @@ def _sglang_engine(config: Config, groups: platform.Groups) -> SGLangEngine:
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         vocab_size=shape.vocab_size,
         max_positions=shape.max_positions,
+        max_new_tokens=config.rollout.max_new_tokens,
     )
 
 

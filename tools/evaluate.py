@@ -67,7 +67,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--request-timeout-seconds",
         type=float,
         default=SGLangConfig().request_timeout_seconds,
-        help="a sample that takes longer counts as the loss of its server",
+        help="a sample that takes longer is drawn again, once (default: a minute, and\n--max-new-tokens at "
+        "--min-tokens-per-second)",
+    )
+    parser.add_argument(
+        "--min-tokens-per-second",
+        type=float,
+        default=SGLangConfig().min_tokens_per_second,
+        help="of one sample at the least, its wait at the server included (default: %(default)g)",
     )
     parser.add_argument(
         "--ignore-config-fields",
@@ -87,8 +94,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.k < 1:
         parser.error(f"--k {options.k}: at least 1")
-    if options.request_timeout_seconds <= 0:
-        parser.error(f"--request-timeout-seconds {options.request_timeout_seconds:g}: more than 0")
+    if options.request_timeout_seconds < 0:
+        parser.error(f"--request-timeout-seconds {options.request_timeout_seconds:g}: at least 0")
+    if options.min_tokens_per_second <= 0:
+        parser.error(f"--min-tokens-per-second {options.min_tokens_per_second:g}: more than 0")
     if options.regrade and options.out is None:
         parser.error("--regrade needs --out, the samples to grade")
     if options.servers_load and options.engine != "sglang":

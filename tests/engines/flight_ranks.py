@@ -18,6 +18,8 @@ from megatron_dgpo.types import Prompt, Sample
 
 TOKENS = 54
 """With the prompts, what SGLang leaves of the model's 64 positions."""
+SLOTS = 64
+"""Requests that a server of the tests draws at once."""
 STOPS = (2, 5)
 """So that responses have different lengths, and some are always half done."""
 
@@ -31,15 +33,18 @@ def sync_while_drawing(
     with split(c) as groups:
         for number, way in enumerate(ways):
             sync = SyncConfig(bucket_bytes=SMALL, in_flight=way)
-            sglang = SGLangConfig(urls=(url,), max_concurrent_requests=128)
+            # Three times what the server has slots for: the others wait at the server, among them, after a
+            # retraction, those that it had begun.
+            sglang = SGLangConfig(urls=(url,), max_concurrent_requests=3 * SLOTS)
             trainer = Trainer(folder, groups, c, sglang, sync)
             seeds = {1: 60 + 2 * number, 2: 61 + 2 * number}
             trainer.change_weights(seeds[1])
             trainer.sync.push(1)
             trainer.change_weights(seeds[2])
-            samples = _drawn(trainer)
+            samples, waiting = _drawn(trainer)
             trainer.engine.close()
             seen[way] = {
+                "waiting": waiting,
                 "complete": all(_complete(s) for s in samples),
                 "spans": [len(s.weight_versions) for s in samples],
                 "versions": sorted({v.version for s in samples for v in s.weight_versions}),
@@ -48,8 +53,9 @@ def sync_while_drawing(
     return seen
 
 
-def _drawn(trainer: Trainer) -> list[Sample]:
-    """Samples in the middle of which version 2 is pushed: when the first thirty are there."""
+def _drawn(trainer: Trainer) -> tuple[list[Sample], int]:
+    """Samples in the middle of which version 2 is pushed: when the first thirty are there; and how many waited
+    at the server just before."""
     prompts = [
         Prompt(f"p{trainer.groups.rank}.{i}", tuple((i * k) % VOCAB for k in range(1, 4)), "", "")
         for i in range(8)
@@ -68,8 +74,11 @@ def _drawn(trainer: Trainer) -> list[Sample]:
         assert begun.wait(patience())
         if drawing.done():
             drawing.result()
+        client = trainer.engine.client
+        asked = client.submit(client.live[0], "/v1/loads", timeout=patience(), method="GET").result()
         trainer.sync.push(2)
-        return [s for g in drawing.result(patience()) if g is not None for s in g.samples]
+        samples = [s for g in drawing.result(patience()) if g is not None for s in g.samples]
+        return samples, sum(load["num_waiting_reqs"] for load in asked["loads"])
 
 
 def _complete(sample: Sample) -> bool:

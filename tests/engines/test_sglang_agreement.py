@@ -80,6 +80,8 @@ class Ranks:
         self.gather = Gather()
         monkeypatch.setattr(platform, "gather_objects", lambda value, world: self.gather(value, world.rank()))
         self.channels: list[Channel] = []
+        self.back: list[str] = []
+        """Servers that were dropped and answer again."""
         self.engines = [self._engine(r, refusals, session) for r in range(RANKS)]
 
     def _engine(self, rank: int, refusals: Mapping[str, str], session: dict[str, Any]) -> SGLangEngine:
@@ -102,6 +104,7 @@ class Ranks:
             fleet.ranks = {url: 1 for url in fleet.ranks if url not in dead}
 
         fleet.replace = replace
+        fleet.take_back = lambda: [fleet.ranks.setdefault(u, 1) and u for u in self.back]
         engine = SGLangEngine(
             fleet, groups, SGLangConfig(), SyncConfig(), decode=str, vocab_size=8, max_positions=8
         )
@@ -205,6 +208,21 @@ def test_new_weights_may_draw_before_a_rank_knows_that_they_are_complete(
     ranks.close()
 
 
+def test_a_server_that_answers_again_is_in_the_next_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = Ranks(monkeypatch)
+    ranks.update(1)
+    for engine in ranks.engines:
+        engine.client.mark_dead(URLS[0], "gone")
+    assert ranks.update(2) == [True, True]
+    assert ranks.update(3) == [False, False]
+    ranks.back = [URLS[0]]
+    assert ranks.update(4) == [True, True]
+    for engine in ranks.engines:
+        assert sorted(engine.client.live) == list(URLS) and not engine.client.dead
+    assert [c.closed for c in ranks.channels] == [True, True, False]
+    ranks.close()
+
+
 def test_closing_leaves_the_servers_group_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = Ranks(monkeypatch)
     ranks.update()
@@ -257,3 +275,29 @@ def test_a_server_that_cannot_be_started_again_is_done_without(
     fleet.replace(dead)
     assert list(fleet.ranks) == (["http://1.1"] if broken else ["http://1.1", "http://0.2"])
     assert ("server 0 has no memory" in caplog.text) == bool(broken)
+
+
+def test_servers_given_by_url_come_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """As often as managed ones would be started again."""
+    away: set[str] = set()
+
+    def check(url: str, folder: Any, timeout: float = 30.0) -> int:
+        if url in away:
+            raise ServerFailed(f"{url} does not answer")
+        return 2
+
+    monkeypatch.setattr(fleet_module, "check_server", check)
+    monkeypatch.setattr(platform, "gather_objects", lambda value, world: [value])
+    groups: Any = SimpleNamespace(rank=0, world=None)
+    for more, returns in (({}, 3), ({"launch": LaunchConfig(max_restarts=1)}, 1)):
+        config = SGLangConfig(urls=URLS, **more)
+        fleet = Fleet(config, groups, model_path=tmp_path, dtype="float32", log_folder=tmp_path)
+        assert fleet.take_back() == []
+        for count in range(1, returns + 2):
+            fleet.replace({URLS[0]: "killed"})
+            assert list(fleet.ranks) == [URLS[1]]
+            away.add(URLS[0])
+            assert fleet.take_back() == []
+            away.clear()
+            assert fleet.take_back() == ([URLS[0]] if count <= returns else [])
+        assert list(fleet.ranks) == [URLS[1]]

@@ -24,6 +24,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(
             assert samples["difference"] <= 1e-4, (way, samples["difference"])
         assert set(seen["abort"]["spans"]) == {1}  # what was half done began again
     for way in ("retract", "abort"):
+        assert max(seen[way]["waiting"] for seen in ranks) > 0, way
         assert {v for seen in ranks for v in seen[way]["versions"]} == {1, 2}, way
     # What was half done went on under the new weights. A rank that waits for the other's sync may have all
     # of its samples by then; the one that comes last has not.

@@ -360,7 +360,8 @@ def test_refused_words(place: Path, capsys: Capsys) -> None:
         "--k 0: at least 1": ["--k", "0"],
         "--regrade needs --out": ["--regrade"],
         "--servers-load needs --engine sglang": ["--servers-load"],
-        "--request-timeout-seconds 0: more than 0": ["--request-timeout-seconds", "0"],
+        "--request-timeout-seconds -1: at least 0": ["--request-timeout-seconds", "-1"],
+        "--min-tokens-per-second 0: more than 0": ["--min-tokens-per-second", "0"],
     }
     for says, words in refused.items():
         with pytest.raises(SystemExit):

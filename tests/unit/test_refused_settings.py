@@ -277,6 +277,12 @@ SETTINGS = {
         "rollout.sglang.request_timeout_seconds: a sample that took 61 is drawn again, and the other ranks "
         "wait for parallel.timeout_seconds 120; use at most half of that",
     ),
+    "long responses": Case(
+        [*SGLANG, "--rollout.sglang.request_timeout_seconds", 0, "--rollout.max_new_tokens", 48],
+        "rollout.sglang.request_timeout_seconds: a sample that took 64.8 (60 s and rollout.max_new_tokens 48 "
+        "at rollout.sglang.min_tokens_per_second 10) is drawn again, and the other ranks wait for "
+        "parallel.timeout_seconds 120; use at most half of that, or at least 129.6 there",
+    ),
     "servers far from other ranks": Case(
         SGLANG,
         "rollout.sglang.launch: 1 of the 2 ranks are on other machines and cannot reach servers that listen "

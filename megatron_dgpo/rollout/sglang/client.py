@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,23 +20,37 @@ from uuid import uuid4
 from megatron_dgpo.config import RESERVED_POSITIONS
 from megatron_dgpo.rollout.engine import EnginesLost, SamplingParams
 from megatron_dgpo.rollout.sglang.answers import BadAnswer, Response, log_probs, request
+from megatron_dgpo.rollout.sglang.health import Health
 from megatron_dgpo.rollout.sglang.router import RouterFailed, take_out
 from megatron_dgpo.rollout.sglang.web import Http, ServerError, ServerGone, ServerTimeout
 from megatron_dgpo.types import Group, Prompt, Sample
 
 log = logging.getLogger(__name__)
 
-__all__ = ["BadAnswer", "RouterFailed", "SGLangClient", "ServerError", "ServerGone", "ServerTimeout"]
+__all__ = [
+    "BadAnswer",
+    "RouterFailed",
+    "SGLangClient",
+    "SampleLate",
+    "ServerError",
+    "ServerGone",
+    "ServerTimeout",
+]
 
 _FIRST_PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4.0
-_HEALTH_TIMEOUT_SECONDS = 5.0
+_ASK_SECONDS = 5.0
+"""For what does not matter much, or comes at once."""
 _POLL_SECONDS = 0.2
 _SERVER_ERROR = 500
 _BUSY = (408, 429)
 """A router had no time or no room."""
 _MAX_ABORTS = 20
 """A sample that a sync aborts is drawn again; one that is aborted this often has another problem."""
+
+
+class SampleLate(RuntimeError):
+    """A sample did not come in time, twice, while others do from servers that are well."""
 
 
 class SGLangClient:
@@ -45,9 +60,9 @@ class SGLangClient:
         urls: of the servers, which control calls go to.
         generate_url: of a router in front of the servers, where samples are drawn instead.
         max_concurrency: samples in flight at a server, from this client.
-        request_timeout: seconds after which a sample's server counts as dead. Through a router, which does
-            not say who had a sample, only servers that fail their health check do; the sample is sent once
-            more.
+        request_timeout: seconds after which a sample is given up and sent once more, to another server if
+            there is one. Its server counts as dead where it fails its health check, or nothing came from
+            it meanwhile and more than `retries` samples were late there, or this one was again.
         retries: how many times one request that failed is sent to a server again, until the server counts
             as dead.
         decode: token ids to text.
@@ -87,6 +102,9 @@ class SGLangClient:
         self._in_flight: set[str] = set()
         self._changed = asyncio.Condition()
         self._held = False
+        self._released = float("-inf")
+        """When `release` was last called, on the clock of time.monotonic."""
+        self._health = Health(self._http, self._drawing, retries)
         self.set_servers(urls)
 
     # --- servers ----------------------------------------------------------------------------------
@@ -122,8 +140,12 @@ class SGLangClient:
         self._held = True
 
     def release(self) -> None:
-        self._held = False
+        self._held, self._released = False, time.monotonic()
         self._wake()
+
+    async def _drawing(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._held)
 
     def close(self) -> None:
         self._http.close()
@@ -191,6 +213,7 @@ class SGLangClient:
         Raises:
             EnginesLost: no server is left; it has the groups that are complete.
             RouterFailed: samples do not come back through the router, and no server is to blame.
+            SampleLate: a sample did not come in time, twice, and no server is to blame.
             BadAnswer: an answer without log-probs, with ones that are not finite, of other weights, or cut
                 short.
             ValueError: for a prompt that is empty, outside the vocabulary, or too long for the model or for a
@@ -219,17 +242,19 @@ class SGLangClient:
     async def _ask(self, payload: dict[str, Any], call: str) -> tuple[str, Any]:
         """Who answered, and the answer. A request that fails stays with its server until one of the two is
         given up: then the server's other requests are not counted against it."""
-        url, failures = "", 0
+        url, failures, late, avoided = "", 0, 0, ""
         while True:
-            before, url = url, await self._acquire(url)
-            failures = failures if url == before else 0
+            before, url = url, await self._acquire(url, avoided)
+            failures, sent = failures if url == before else 0, time.monotonic()
             # Never the same twice: a server may not have noticed that the one before was given up.
             rid = f"{call}-{uuid4().hex}"
             self._in_flight.add(rid)
             try:
-                return url, await self._http.request(
+                answer = await self._http.request(
                     url, "/generate", {**payload, "rid": rid}, timeout=self._timeout, fresh=False
                 )
+                self._health.answered(url)
+                return url, answer
             except (ServerGone, ServerError) as error:
                 if isinstance(error, ServerError) and not _may_be_repeated(error):
                     raise
@@ -240,13 +265,33 @@ class SGLangClient:
             failures += 1
             if self._router:
                 failures = await self._failed_through_router(rid, failure, failures)
-            elif isinstance(failure, ServerTimeout) or failures > self._retries:
+            elif isinstance(failure, ServerTimeout):
+                late += not (self._held or self._released > sent)  # a sync takes its time from all samples
+                self._late(url, rid, sent, late, failure)
+                url, avoided = "", url
+                continue
+            elif failures > self._retries:
                 self.mark_dead(url, str(failure))
                 continue
             else:
                 await self._check_health([url], failure)
             log.info("%s; again after a pause", failure)
             await _pause(failures)
+
+    def _late(self, url: str, rid: str, sent: float, count: int, error: ServerTimeout) -> None:
+        """What a sample's lateness says of its server. Raises SampleLate where that is nothing, again."""
+        self._http.submit(self.abort([rid]))
+        if self._health.hangs(url, sent, count):
+            self.mark_dead(url, str(error))
+        elif count > 1:
+            raise SampleLate(
+                f"{error}, for the second time, while the server answers other samples: raise "
+                "rollout.sglang.request_timeout_seconds (or lower min_tokens_per_second), or lower "
+                "rollout.sglang.max_concurrent_requests or rollout.max_new_tokens"
+            )
+        else:
+            log.warning("%s; the sample is drawn again", error)
+            self._http.submit(self._check_health([url], error))
 
     async def _failed_through_router(self, rid: str, error: ServerGone | ServerError, failures: int) -> int:
         """Find out who is to blame for a request's failure; how many are left to explain.
@@ -268,11 +313,7 @@ class SGLangClient:
 
     async def _check_health(self, urls: Sequence[str], error: Exception) -> bool:
         """Whether any of these servers is dead, as their health checks say; those are marked."""
-        calls = [
-            self._http.request(url, "/health", timeout=_HEALTH_TIMEOUT_SECONDS, method="GET") for url in urls
-        ]
-        found = dict(zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True))
-        sick = {url: e for url, e in found.items() if isinstance(e, (ServerGone, ServerError))}
+        sick = await self._health.sick(urls)
         for url, reason in sick.items():
             self.mark_dead(url, f"{error}; then {reason}")
         return bool(sick)
@@ -280,10 +321,7 @@ class SGLangClient:
     async def _ask_longest(self) -> None:
         """How long a sequence servers take; one that does not say is found out by its answers."""
         urls = [url for url in self._live if url not in self._longest]
-        calls = [
-            self._http.request(url, "/server_info", timeout=_HEALTH_TIMEOUT_SECONDS, method="GET")
-            for url in urls
-        ]
+        calls = [self._http.request(url, "/server_info", timeout=_ASK_SECONDS, method="GET") for url in urls]
         for url, info in zip(urls, await asyncio.gather(*calls, return_exceptions=True), strict=True):
             longest = info.get("max_req_input_len") if isinstance(info, dict) else None
             if isinstance(longest, int):
@@ -292,7 +330,7 @@ class SGLangClient:
     async def abort(self, rids: Sequence[str]) -> None:
         """End requests, wherever they are; failures do not matter."""
         calls = [
-            self._http.request(url, "/abort_request", {"rid": rid}, timeout=_HEALTH_TIMEOUT_SECONDS)
+            self._http.request(url, "/abort_request", {"rid": rid}, timeout=_ASK_SECONDS)
             for url in self._live
             for rid in rids
         ]
@@ -302,9 +340,9 @@ class SGLangClient:
         """Requests of a call that servers have and have not answered."""
         return [rid for rid in self._in_flight if rid.startswith(call)]
 
-    async def _acquire(self, wanted: str) -> str:
+    async def _acquire(self, wanted: str, avoided: str = "") -> str:
         """Where to send a request, once there is room: the router, else the wanted server if it lives,
-        else the least loaded one."""
+        else the least loaded one, and not the avoided one if there are others."""
         async with self._changed:
             while True:
                 if not self._live:
@@ -316,7 +354,8 @@ class SGLangClient:
                     elif wanted in self._live:
                         url = wanted
                     else:
-                        url = min(self._live, key=lambda u: (self._loads[u], random.random()))
+                        others = [u for u in self._live if u != avoided] or self._live
+                        url = min(others, key=lambda u: (self._loads[u], random.random()))
                     if self._loads[url] < room:
                         self._loads[url] += 1
                         return url

@@ -8,7 +8,7 @@ sends that stage's weights.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 
 import torch
 
@@ -42,6 +42,7 @@ class SGLangEngine:
         fleet: the servers, started on rank 0 (see `Fleet`).
         decode: token ids to text, for the samples.
         vocab_size, max_positions: of the model; ids and lengths beyond them are refused.
+        max_new_tokens: the most that a sample may have, from which its time-out follows; None: any.
 
     Raises:
         ServerFailed: on every rank, where the servers do not come up or serve another model.
@@ -57,6 +58,7 @@ class SGLangEngine:
         decode: Callable[[Sequence[int]], str],
         vocab_size: int,
         max_positions: int,
+        max_new_tokens: int | None = None,
     ) -> None:
         self._fleet = fleet
         self._groups = groups
@@ -72,7 +74,7 @@ class SGLangEngine:
             list(fleet.ranks),
             generate_url=config.router or None,
             max_concurrency=max(1, config.max_concurrent_requests // groups.world_size),
-            request_timeout=config.request_timeout_seconds,
+            request_timeout=config.sample_timeout(max_new_tokens or max_positions),
             retries=config.retries,
             decode=decode,
             vocab_size=vocab_size,
@@ -174,6 +176,7 @@ class SGLangEngine:
         if self._config.colocate:
             torch.cuda.empty_cache()  # what this process only keeps, the servers need when they wake
         try:
+            changed = self._take_back()
             for _ in range(_ATTEMPTS):
                 changed = self._heal() or changed
                 if complete := self._attempt(buckets, version):
@@ -277,11 +280,22 @@ class SGLangEngine:
         if not self._dead:
             return False
         self._fleet.replace(self._dead)
-        late = {url: reason for url, reason in self.client.dead.items() if url not in self._dead}
+        self._set_servers(self._dead)
+        return True
+
+    def _take_back(self) -> bool:
+        """Servers given by URL that were dropped and answer again are used again. Whether there are any."""
+        if back := self._fleet.take_back():
+            self._disconnect()  # the group is another one with them
+            self._set_servers(back)
+        return bool(back)
+
+    def _set_servers(self, known: Container[str]) -> None:
+        """Use the fleet's servers; but for `known` ones, what this rank found dead meanwhile stays so."""
+        late = {url: reason for url, reason in self.client.dead.items() if url not in known}
         self.client.set_servers(list(self._fleet.ranks))
         for url, reason in late.items():
             self.client.mark_dead(url, reason)
-        return True
 
     def _disconnect(self) -> None:
         transport, self.transport = self.transport, None

@@ -24,6 +24,9 @@ from megatron_dgpo.rollout.sglang.servers import (
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_ASK_SECONDS = 5.0
+"""How long a server that was dropped may take to say what it serves; all ranks wait."""
+
 
 class FleetLost(RuntimeError):
     """No server is left, or one cannot be started; the same on every rank."""
@@ -58,6 +61,8 @@ class Fleet:
         self._managed = config.managed
         self._processes: dict[int, ServerProcess] = {}
         self._restarts_left = config.launch.max_restarts
+        self._dropped: dict[str, int] = {}
+        """Servers given by URL that were dropped, and how often they may still come back; on every rank."""
         self.id: str
         """Different for every run, so that process groups of two runs have different names."""
         self.ranks: dict[str, int]
@@ -73,7 +78,36 @@ class Fleet:
 
         Raises FleetLost on every rank when none is left.
         """
+        before = set(self.ranks)
         self.ranks = self._everywhere(lambda: self._replaced(dead))
+        if not self._managed:
+            for url in before - set(self.ranks):
+                self._dropped.setdefault(url, self._config.launch.max_restarts)
+
+    def take_back(self) -> list[str]:
+        """Of the servers given by URL that were dropped, those that answer again and serve the model: they
+        are in `ranks` from now on, and have to be given weights. The same on every rank.
+
+        Behind a router none comes back: it was taken out there.
+        """
+        if self._config.router or not any(self._dropped.values()):
+            return []
+        back = self._everywhere(self._back)
+        for url in back:
+            self._dropped[url] -= 1
+        self.ranks |= back
+        return list(back)
+
+    def _back(self) -> dict[str, int]:
+        found = {}
+        for url in [u for u, left in self._dropped.items() if left and u not in self.ranks]:
+            try:
+                found[url] = check_server(url, self._model_path, timeout=_ASK_SECONDS)
+            except ServerFailed as error:
+                log.info("SGLang server %s stays dropped: %s", url, error)
+            else:
+                log.warning("SGLang server %s answers again, and gets the weights", url)
+        return found
 
     def close(self) -> None:
         """End the servers that this process started."""
@@ -158,7 +192,7 @@ class Fleet:
                 log.warning("SGLang server %s stays dead: no restarts are left", process.url)
         for url in dead:
             if not self._managed:
-                log.warning("SGLang server %s is dropped for the rest of the run (%s)", url, dead[url])
+                log.warning("SGLang server %s is dropped until it answers again (%s)", url, dead[url])
         up, failures = self._started_again(again)
         left |= up
         if not left:

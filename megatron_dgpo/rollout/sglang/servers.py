@@ -360,13 +360,13 @@ def check_nccl(python: Path, ours: str) -> None:
 # --- what is asked of any server --------------------------------------------------------------------
 
 
-def check_server(url: str, model_path: Path) -> int:
+def check_server(url: str, model_path: Path, timeout: float = 30.0) -> int:
     """The tensor-parallel size of a server that serves the model of this folder.
 
     Raises ServerFailed where it does not answer, serves another model, or replicates it.
     """
-    served = _get(url, "/model_info", "/get_model_info")
-    info = _get(url, "/server_info", "/get_server_info")
+    served = _get(url, "/model_info", "/get_model_info", timeout=timeout)
+    info = _get(url, "/server_info", "/get_server_info", timeout=timeout)
     wanted = jsontext.loads((model_path / "config.json").read_bytes())
     for key in ("model_type", "architectures"):
         if served.get(key) is not None and served[key] != wanted.get(key):
@@ -393,7 +393,8 @@ def workers_of_router(url: str) -> list[str]:
     return [w.rstrip("/") for w in workers]
 
 
-def answers(url: str, timeout: float = 5.0) -> bool:
+def answers(url: str, timeout: float = 25.0) -> bool:
+    """Whether a path of a server answers 200. SGLang gives /health up by itself after 20 s."""
     try:
         with _OPENER.open(url, timeout=timeout) as response:
             return response.status == 200
@@ -401,11 +402,11 @@ def answers(url: str, timeout: float = 5.0) -> bool:
         return False
 
 
-def _get(url: str, *paths: str) -> dict[str, Any]:
+def _get(url: str, *paths: str, timeout: float = 30.0) -> dict[str, Any]:
     """The answer of the first of the paths that the server knows."""
     for path in paths:
         try:
-            with _OPENER.open(url + path, timeout=30) as response:
+            with _OPENER.open(url + path, timeout=timeout) as response:
                 value = jsontext.loads(response.read())
                 return value if isinstance(value, dict) else {}
         except urllib.error.HTTPError as error:
