@@ -61,7 +61,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--servers-load",
         action="store_true",
         help="servers read the weights from MODEL's folder, not from a broadcast of\n"
-        "this process, which the model may not fit; those of --url have done so",
+        "this process, which the model may not fit; those of --url have done so. Implied where\n"
+        "the server takes all GPUs of this machine: the broadcast comes from one of its own",
     )
     parser.add_argument(
         "--request-timeout-seconds",

@@ -86,6 +86,44 @@ def open_model(options: argparse.Namespace) -> Model:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the server that this command starts computes, and how it gets the weights."""
+
+    servers_load: bool
+    devices: tuple[int, ...] = ()
+    """GPUs; none: not for this command to say."""
+    remark: str = ""
+
+
+def place_servers(options: argparse.Namespace, gpus: int) -> Places:
+    """A broadcast comes from this process's GPU, the first, where NCCL takes no second member: the server
+    gets the next ones, or loads the weights itself where there are too few for that.
+
+    Raises ValueError where there are too few for the server, or for a broadcast that is needed.
+    """
+    size, loads = options.server_tensor_parallel_size, options.servers_load
+    if options.engine != "sglang" or options.url or not gpus:
+        return Places(loads)
+    if size > gpus:
+        raise ValueError(f"--server-tensor-parallel-size {size}: there are {gpus} GPUs")
+    if loads:
+        return Places(True, tuple(range(size)))
+    if size < gpus:
+        return Places(False, tuple(range(1, 1 + size)))
+    if is_checkpoint(options.model):
+        raise ValueError(
+            f"--server-tensor-parallel-size {size}: of {gpus} GPUs none is left for this process, which "
+            f"broadcasts the weights, as SGLang cannot load {options.model}, a checkpoint: use fewer, or "
+            "tools/convert_checkpoint.py and --servers-load"
+        )
+    return Places(
+        True,
+        tuple(range(size)),
+        f"--servers-load is implied: the server takes all {gpus} GPUs, and a broadcast would need one more",
+    )
+
+
+@dataclass(frozen=True)
 class Problems:
     """What is asked."""
 
@@ -200,11 +238,14 @@ def _sglang(
     options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path, prompts: list[Prompt]
 ) -> SGLangEngine:
     """Servers with the weights: broadcast from here and proved by the probe, or their own."""
-    shape, own = model.shape, options.servers_load
+    places = place_servers(options, platform.number_of_gpus() if platform.has_gpu() else 0)
+    if places.remark:
+        log.warning("%s", places.remark)
+    shape, own = model.shape, places.servers_load
     launch = LaunchConfig(
         python=options.sglang_python,
         tensor_parallel_size=options.server_tensor_parallel_size,
-        devices=tuple(range(options.server_tensor_parallel_size)),  # the first too: nothing trains here
+        devices=places.devices,
         args={"load_format": "auto"} if own else {},
     )
     config = SGLangConfig(
@@ -345,6 +386,8 @@ def run(options: argparse.Namespace) -> int:
     set_up_logging(False, 0)
     try:
         platform.use_device(options.device, 1, "--device")
+        if not options.regrade:  # what follows takes long
+            place_servers(options, platform.number_of_gpus() if platform.has_gpu() else 0)
         model = open_model(options)
         problems = load_problems(options, model)
         workers = options.reward_workers

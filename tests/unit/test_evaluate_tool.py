@@ -369,6 +369,43 @@ def test_refused_words(place: Path, capsys: Capsys) -> None:
         assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "gpus", "loads", "devices"),
+    [
+        ("", 0, False, ()),
+        ("", 8, False, (1,)),  # the first is this process's, which broadcasts
+        ("--server-tensor-parallel-size 4", 8, False, (1, 2, 3, 4)),
+        ("--servers-load", 1, True, (0,)),
+        ("--servers-load --server-tensor-parallel-size 2", 2, True, (0, 1)),
+        ("", 1, True, (0,)),  # implied
+        ("--server-tensor-parallel-size 8", 8, True, tuple(range(8))),
+        ("--url http://127.0.0.1:30000", 1, False, ()),
+        ("--engine embedded", 1, False, ()),
+    ],
+)
+def test_a_server_gets_no_gpu_that_the_broadcast_comes_from(
+    place: Path, words: str, gpus: int, loads: bool, devices: tuple[int, ...]
+) -> None:
+    given = [str(place / "model"), "--data", "x.jsonl", "--engine", "sglang", *words.split()]
+    options = evaluate.parse(given)
+    placed = evaluation_run.place_servers(options, gpus)
+    assert (placed.servers_load, placed.devices) == (loads, devices)
+    assert ("--servers-load is implied" in placed.remark) == (loads and not options.servers_load)
+
+
+def test_a_checkpoint_on_one_gpu_wants_another(place: Path, tmp_path: Path) -> None:
+    target = tmp_path / "checkpoint"
+    assert convert_checkpoint.main(["import", str(place / "model"), str(target)]) == 0
+    for words, gpus, says in (
+        ([], 1, "--server-tensor-parallel-size 1: of 1 GPUs none is left for this process"),
+        (["--server-tensor-parallel-size", "4"], 2, "--server-tensor-parallel-size 4: there are 2 GPUs"),
+    ):
+        options = evaluate.parse([str(target), "--data", "x.jsonl", "--engine", "sglang", *words])
+        with pytest.raises(ValueError, match=says):
+            evaluation_run.place_servers(options, gpus)
+    assert evaluation_run.place_servers(options, 5).devices == (1, 2, 3, 4)
+
+
 def test_every_stop_token_ends_a_sample_and_a_field_may_be_ignored(
     place: Path, whole: Path, tmp_path: Path, capsys: Capsys
 ) -> None:
