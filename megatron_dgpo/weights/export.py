@@ -81,18 +81,22 @@ def stage_buckets(
     *,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     value: Value = Tensor.detach,
+    everywhere: bool = False,
 ) -> Iterator[WeightBucket]:
-    """The tensors that this pipeline stage owns, in buckets, on every TP rank of the stage.
+    """The tensors that this pipeline stage owns, in buckets.
 
     They come out on the stage's first TP rank; on the others the iterator gives nothing, and sends their
-    shards there. The call is collective over the pipeline, running the iterator over the stage. The next
-    bucket is gathered while the consumer sends the present one. At most two exist: the gathered shards
-    and what is being sent, or, without shards to gather, two that are sent in turn.
+    shards there. With `everywhere` they come out on all of them. The call is collective over the pipeline,
+    running the iterator over the stage. The next bucket is gathered while the consumer sends the present
+    one. At most two exist: the gathered shards and what is being sent, or, without shards to gather, two
+    that are sent in turn.
     """
     plan = _Plan(model, groups, value)
     mine = [i for i in plan.items if i.stage == groups.pp.rank()]
     runs = list(_runs(mine, bucket_bytes, groups.tp.size()))
-    return (_local_buckets if groups.tp.size() == 1 else _gathered_buckets)(plan, runs, groups)
+    if groups.tp.size() == 1:
+        return _local_buckets(plan, runs, groups)
+    return _gathered_buckets(plan, runs, groups, _ToAll if everywhere else _ToFirst)
 
 
 def _local_buckets(plan: _Plan, runs: list[list[_Item]], groups: platform.Groups) -> Iterator[WeightBucket]:
@@ -105,10 +109,10 @@ def _local_buckets(plan: _Plan, runs: list[list[_Item]], groups: platform.Groups
 
 
 def _gathered_buckets(
-    plan: _Plan, runs: list[list[_Item]], groups: platform.Groups
+    plan: _Plan, runs: list[list[_Item]], groups: platform.Groups, gather: type[_ToFirst] | type[_ToAll]
 ) -> Iterator[WeightBucket]:
     buffers = _Buffers(1)
-    coming = _ToFirst(runs[0], plan.mine, groups) if runs else None
+    coming = gather(runs[0], plan.mine, groups) if runs else None
     for k, items in enumerate(runs):
         assert coming is not None, "there is one for every run"
         gathered = coming.wait()
@@ -117,7 +121,7 @@ def _gathered_buckets(
             bucket = buffers.next(items, groups)
             _fill(bucket, items, _shards(items, gathered), plan)
         gathered = coming = None  # the buffer goes before the next one comes
-        coming = _ToFirst(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
+        coming = gather(runs[k + 1], plan.mine, groups) if k + 1 < len(runs) else None
         if bucket is not None:
             yield bucket
     buffers.settle()
@@ -200,6 +204,21 @@ class _ToFirst:
         """(TP ranks, numel), on the first; None on the others."""
         for work in self._works:
             work.wait()
+        return self._gathered
+
+
+class _ToAll:
+    """The same, on their way to every one of them."""
+
+    def __init__(self, items: list[_Item], mine: dict[str, Tensor], groups: platform.Groups) -> None:
+        self._gathered = _empty(items, groups)
+        own = self._gathered[groups.tp.rank()]
+        _lay(items, mine, own)
+        self._work = dist.all_gather_into_tensor(self._gathered.view(-1), own, group=groups.tp, async_op=True)
+
+    def wait(self) -> Tensor:
+        """(TP ranks, numel)."""
+        self._work.wait()
         return self._gathered
 
 

@@ -10,7 +10,7 @@ import torch
 from spawn import run_ranks
 from tiny import config, hf_tensors, split, write_model
 
-SPLITS = [{"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 4}, {}]
+SPLITS = [{"tp": 2, "pp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 4}, {}, {"tp": 2, "pp": 2, "everywhere": True}]
 LIMIT = 19_000
 """Bytes of a bucket; the largest parameter, Qwen3's queries, keys and values, takes 18,432."""
 
@@ -23,13 +23,15 @@ def buckets_at(rank, world, folder, splits):
 
     out = []
     for sizes in splits:
+        every_rank = sizes.pop("everywhere", False)
         c = config(folder, **sizes)
         with split(c) as groups:
             policy = build_policy(c, groups, total_updates=1, keep_reference=False)
             found, taken = {}, []
             in_flight = []
-            for bucket in stage_buckets(policy.model, groups, bucket_bytes=LIMIT):
-                assert groups.tp.rank() == 0
+            stream = stage_buckets(policy.model, groups, bucket_bytes=LIMIT, everywhere=every_rank)
+            for bucket in stream:
+                assert every_rank or groups.tp.rank() == 0
                 shapes = [torch.Size(s) for s in bucket.shapes]
                 parts = bucket.flat.clone().split([s.numel() for s in shapes])
                 found |= {n: p.view(s) for n, p, s in zip(bucket.names, parts, shapes, strict=True)}
@@ -51,6 +53,8 @@ def test_stages_send_every_tensor_once(family: str, tied: bool, tmp_path: Path) 
     results = run_ranks(buckets_at, 4, folder, SPLITS)[0]
     for sizes, parts in zip(SPLITS, results, strict=True):
         stages, replicas = sizes.get("pp", 1), 4 // (sizes.get("pp", 1) * sizes.get("tp", 1))
+        if sizes.get("everywhere"):
+            replicas = sizes["tp"]  # as if each TP rank were one
         assert len(parts) == stages * replicas
         names = [name for found, _ in parts for name in found]
         assert sorted(names) == sorted(list(want) * replicas), sizes

@@ -18,6 +18,8 @@ from megatron_dgpo.types import Prompt, Sample
 
 TOKENS = 54
 """With the prompts, what SGLang leaves of the model's 64 positions."""
+SAMPLES = 24
+"""Of each of eight prompts, on each of two ranks."""
 SLOTS = 64
 """Requests that a server of the tests draws at once."""
 STOPS = (2, 5)
@@ -60,7 +62,7 @@ def _drawn(trainer: Trainer) -> tuple[list[Sample], int]:
         Prompt(f"p{trainer.groups.rank}.{i}", tuple((i * k) % VOCAB for k in range(1, 4)), "", "")
         for i in range(8)
     ]
-    params = SamplingParams(max_new_tokens=TOKENS, n=24, stop_token_ids=STOPS)
+    params = SamplingParams(max_new_tokens=TOKENS, n=SAMPLES, stop_token_ids=STOPS)
     begun, done = threading.Event(), []
 
     def on_progress(count: int) -> None:

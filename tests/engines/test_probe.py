@@ -53,6 +53,7 @@ class Engine:
     """Takes everything, and gives log-probs that are off by `gap`."""
 
     weight_version = 0
+    everywhere = False
 
     def __init__(self, gap: float) -> None:
         self.gap = gap

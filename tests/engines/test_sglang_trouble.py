@@ -71,10 +71,14 @@ def test_a_tensor_parallel_server_beside_a_small_one(
     try:
         wide.wait_ready(patience())
         urls = (wide.url, servers["llama"].url)
-        seen = run_ranks(trouble_ranks.from_stages, 2, folders["llama"], urls)[0]
+        ranks = run_ranks(trouble_ranks.from_stages, 2, folders["llama"], urls)
     finally:
         wide.stop()
-    assert seen["left"] == list(urls) and seen["difference"] <= BOUND, seen
+    for seen in ranks[0]:
+        assert seen["left"] == list(urls) and seen["difference"] <= BOUND, seen
+    # Colocated, each of the trainer's ranks makes the handles of the servers' ranks beside it.
+    first, second = (shared["mine"] for _, shared in ranks)
+    assert sorted(first) == sorted([(url, 0) for url in urls]) and second == [(wide.url, 1)]
 
 
 def test_servers_killed_while_a_stage_sends_are_started_again(

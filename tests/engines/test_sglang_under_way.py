@@ -20,7 +20,7 @@ def test_every_token_has_the_log_prob_of_the_weights_that_it_names(
     ranks = run_ranks(flight_ranks.sync_while_drawing, 2, *given)
     for seen in ranks:
         for way, samples in seen.items():
-            assert samples["complete"] and len(samples["spans"]) == 8 * 24, way
+            assert samples["complete"] and len(samples["spans"]) == 8 * flight_ranks.SAMPLES, way
             assert samples["difference"] <= 1e-4, (way, samples["difference"])
         assert set(seen["abort"]["spans"]) == {1}  # what was half done began again
     for way in ("retract", "abort"):

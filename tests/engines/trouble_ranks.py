@@ -140,5 +140,19 @@ def to_servers(rank: int, world: int, folder: Path, urls: tuple[str, ...], **siz
         return pushed(folder, groups, c, urls, 50)
 
 
-def from_stages(rank: int, world: int, folder: Path, urls: tuple[str, ...]) -> dict[str, Any]:
-    return to_servers(rank, world, folder, urls, pp=2)
+def from_stages(rank: int, world: int, folder: Path, urls: tuple[str, ...]) -> list[dict[str, Any]]:
+    """From two stages by broadcast, and from two TP ranks through shared memory, each for the servers' ranks
+    that are its own."""
+    by_broadcast = to_servers(rank, world, folder, urls, pp=2)
+    c = config(folder, tp=2)
+    with split(c) as groups:
+        trainer = Trainer(
+            folder, groups, c, SGLangConfig(urls=urls, colocate=True), SyncConfig(bucket_bytes=SMALL)
+        )
+        trainer.change_weights(51)
+        trainer.sync.push(51)
+        shared: dict[str, Any] = {"left": list(trainer.fleet.ranks), "mine": trainer.engine.transport._mine}  # type: ignore[union-attr]
+        ids = probe_ids(trainer.shape.vocab_size, trainer.shape.max_positions)
+        shared["difference"] = max(_differences(trainer, ids, tensors(folder, 51)))
+        trainer.engine.close()
+    return [by_broadcast, shared]

@@ -2,7 +2,7 @@
 
 Every rank sends its own prompts to all servers. Rank 0 starts and ends managed servers and opens and
 closes weight updates; on each pipeline stage of the first data-parallel replica, the first TP rank
-sends that stage's weights.
+sends that stage's weights (colocated: each TP rank shares them with the servers of its GPU).
 """
 
 from __future__ import annotations
@@ -60,6 +60,8 @@ class SGLangEngine:
         max_positions: int,
         max_new_tokens: int | None = None,
     ) -> None:
+        self.everywhere = config.colocate
+        """Servers open the weights of colocated trainers where these are: on the GPU of each rank."""
         self._fleet = fleet
         self._groups = groups
         self._config = config
@@ -220,7 +222,7 @@ class SGLangEngine:
         return self._agree() and ok
 
     def _send(self, buckets: Iterable[WeightBucket], version: int) -> None:
-        """Gather what this stage owns, to the end, and send it from its first TP rank."""
+        """Gather what this stage owns, to the end, and send it."""
         for bucket in buckets:
             if self.transport is not None:
                 self.transport.send(bucket, version)
@@ -229,12 +231,12 @@ class SGLangEngine:
 
     def _is_source(self, stage: int) -> bool:
         g = self._groups
-        return g.pp.rank() == stage and g.tp.rank() == 0 and g.dp.rank() == 0
+        return g.pp.rank() == stage and g.dp.rank() == 0 and (self.everywhere or g.tp.rank() == 0)
 
     def _connect(self, stage: int) -> Transport:
         ranks = {url: size for url, size in self._fleet.ranks.items() if url in self.client.live}
         if self._config.colocate:
-            return SharedMemory(self.client, ranks, timeout_seconds=self._timeout)
+            return SharedMemory(self.client, ranks, self._groups, timeout_seconds=self._timeout)
         self._group_number += 1
         return Broadcast(
             self.client,

@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from megatron_dgpo import platform
 from megatron_dgpo.rollout.sglang.client import ServerError, SGLangClient
 from megatron_dgpo.types import WeightBucket
 
@@ -350,37 +351,92 @@ def _destroy(held: list[Any]) -> None:
 class SharedMemory(_Sender):
     """Buckets that the servers open in this machine's memory: CUDA IPC, or files in /dev/shm on a CPU.
 
-    For servers on the trainer's own GPUs, where a broadcast has nowhere to go.
+    For servers on the trainer's own GPUs, where a broadcast has nowhere to go. Every TP rank of a stage has
+    the bucket and makes the handles for the server's ranks on its GPU; the first one sends them all. A
+    handle is opened once, by one rank: CUDA's counts of who still uses the memory go wrong otherwise.
+    Built, used and closed by the stage's TP ranks together.
 
     Args:
         ranks: server URL -> its tensor-parallel size.
     """
 
-    def __init__(self, client: SGLangClient, ranks: Mapping[str, int], *, timeout_seconds: float) -> None:
+    def __init__(
+        self,
+        client: SGLangClient,
+        ranks: Mapping[str, int],
+        groups: platform.Groups,
+        *,
+        timeout_seconds: float,
+    ) -> None:
         super().__init__(client, list(ranks), timeout_seconds)
-        self._ranks = ranks
+        self._tp, self._ranks = groups.tp, ranks
+        self._first = groups.tp.rank() == 0
+        known = (groups.device.index, self._first_gpus() if self._first else {})
+        told = platform.gather_objects(known, groups.tp)
+        owners = handle_owners(ranks, told[0][1], [gpu for gpu, _ in told])
+        self._mine = [place for place, owner in owners.items() if owner == groups.tp.rank()]
         self._shared: Tensor | None = None
+
+    def _first_gpus(self) -> dict[str, int]:
+        """The GPU of each server's first rank; a server that does not say is found out by what follows."""
+        asked = {
+            url: self.client.submit(url, "/server_info", timeout=self.timeout_seconds, method="GET")
+            for url in self.servers
+        }
+        wait_for(asked.values())
+        found = {url: a.result() for url, a in asked.items() if a.exception() is None}
+        return {url: int(info.get("base_gpu_id") or 0) for url, info in found.items()}
 
     def send(self, bucket: WeightBucket, version: int) -> None:
         self.settle()
-        if self.failed:
-            return
-        whole = _shareable(bucket.flat)
-        parts = whole.split([torch.Size(s).numel() for s in bucket.shapes])
-        named = [(n, p.view(s)) for n, p, s in zip(bucket.names, parts, bucket.shapes, strict=True)]
-        text = _pickled(named)
-        payloads = {
-            url: dict(serialized_named_tensors=[text] * size, flush_cache=True, weight_version=str(version))
-            for url, size in self._ranks.items()
-        }
-        self._shared = whole  # kept until the servers have read it
-        self.post_bucket("/update_weights_from_tensor", payloads, bucket)
+        texts: dict[tuple[str, int], str] = {}
+        if self._mine:
+            whole = self._shared = _shareable(bucket.flat)  # kept until the servers have read it
+            parts = whole.split([torch.Size(s).numel() for s in bucket.shapes])
+            named = [(n, p.view(s)) for n, p, s in zip(bucket.names, parts, bucket.shapes, strict=True)]
+            texts = {place: _pickled(named) for place in self._mine}
+        for others in platform.gather_objects(texts, self._tp):
+            texts |= others
+        bucket.in_use = self._read
+        if self._first and not self.failed:
+            payloads = {
+                url: dict(
+                    serialized_named_tensors=[texts[url, r] for r in range(size)],
+                    flush_cache=True,
+                    weight_version=str(version),
+                )
+                for url, size in self._ranks.items()
+            }
+            self.post("/update_weights_from_tensor", payloads)
 
-    def answered(self) -> None:
+    def _read(self) -> None:
+        """Wait until the servers have read the bucket, or given up; on all TP ranks."""
+        self.settle()
+        platform.gather_objects(None, self._tp)
         self._shared = None
 
     def close(self) -> None:
         self._shared = None
+        if torch.cuda.is_initialized():
+            torch.cuda.ipc_collect()
+
+
+def handle_owners(
+    ranks: Mapping[str, int], first_gpus: Mapping[str, int], gpus: Sequence[int | None]
+) -> dict[tuple[str, int], int]:
+    """(server, its TP rank) -> which of the trainer's TP ranks makes its handle: the one on the same GPU
+    where there is one (a server's rank on another opens a context on the maker's), else in turn.
+
+    Args:
+        ranks: server URL -> its tensor-parallel size.
+        first_gpus: server URL -> the GPU of its first rank.
+        gpus: of the trainer's TP ranks; None on a CPU.
+    """
+    return {
+        (url, r): gpus.index(gpu) if (gpu := first_gpus.get(url, 0) + r) in gpus else r % len(gpus)
+        for url, size in ranks.items()
+        for r in range(size)
+    }
 
 
 def _shareable(flat: Tensor) -> Tensor:
