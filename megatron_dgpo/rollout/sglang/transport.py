@@ -247,7 +247,7 @@ class Broadcast(_Sender):
             each.add_done_callback(_discard)
             self._free_joiners(answers)
         self._stuck = self._device.type == "cuda" and self._sending is not None
-        self._drop_group()
+        self._drop_group(abort=True)
         if not joining:
             super().break_off(answers)
 
@@ -274,12 +274,12 @@ class Broadcast(_Sender):
             except RuntimeError as error:
                 log.info("no second store for late servers: %s", error)
 
-    def _drop_group(self) -> None:
+    def _drop_group(self, *, abort: bool) -> None:
         held, self.group, self._work, self._sending = [self._work, self.group], None, None, None
         if held[1] is not None:
             # Its last reference must be the thread's: gloo waits, where that goes, until the group's time-out
             # for a server that refused what is being broadcast.
-            leaving = threading.Thread(target=_destroy, args=(held,), daemon=True)
+            leaving = threading.Thread(target=_destroy, args=(held, abort), daemon=True)
             leaving.start()
             leaving.join(_LEAVE_SECONDS)
         self._store = None
@@ -287,8 +287,12 @@ class Broadcast(_Sender):
     def close(self) -> None:
         path, payload = "/destroy_weights_update_group", {"group_name": self.name}
         alive = [] if self.failed else [url for url in self.servers if url in self.client.live]
-        asked = [self.client.submit(url, path, payload, timeout=_LEAVE_SECONDS) for url in alive]
-        self._drop_group()
+        # NCCL's members on one machine leave together: beside an abort, or without a member that died, they
+        # would wait for ever. Then the servers keep the group, which nobody uses again.
+        broken = self.failed or (self._device.type == "cuda" and len(alive) < len(self.servers))
+        leaving = [] if broken else alive
+        asked = [self.client.submit(url, path, payload, timeout=_LEAVE_SECONDS) for url in leaving]
+        self._drop_group(abort=broken)
         for answer in asked:
             if (failure := answer.exception()) is not None:
                 log.info("a server may still have the group for weights: %s", failure)
@@ -335,13 +339,14 @@ def _join(
 def _discard(joined: Future[dist.ProcessGroup]) -> None:
     """A group that came about after all, when it was not wanted any more."""
     if joined.exception() is None:
-        _destroy([joined.result()])
+        _destroy([joined.result()], abort=True)
 
 
-def _destroy(held: list[Any]) -> None:
-    """End a group, the last of these objects."""
+def _destroy(held: list[Any], abort: bool) -> None:
+    """End a group, the last of these objects; `abort`: what is under way in it will not come to an end."""
     try:
-        held[-1].abort()
+        if abort:
+            held[-1].abort()
         dist.destroy_process_group(held[-1])
     except Exception as error:
         log.warning("leaving the group for weights: %s", error)
