@@ -10,6 +10,9 @@ key/value heads (query groups), D head dimension.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +29,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -171,29 +176,59 @@ def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpe
 
 def have_transformer_engine() -> bool:
     """Whether Transformer Engine's layers can run: it is installed, and there is a GPU."""
+    return not why_no_transformer_engine()
+
+
+def why_no_transformer_engine() -> str:
+    """What Transformer Engine's layers lack here; empty where they can run."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if not gpt_layer_specs.HAVE_TE:
+        # Megatron goes on without it, and without a word: say what it did not.
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # a build for another torch fails in many ways
+            said = " ".join(str(error).split()) or type(error).__name__
+            return f"Transformer Engine is installed and cannot be imported: {said}"
+        return "Megatron-Core does not take the Transformer Engine that is installed"
+    return ""
+
+
+def choose_spec(choice: str, params_dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the layer spec is the torch-native one, and why.
+
+    `choice` is "torch", "transformer_engine" (raises ImportError where it cannot run) or "auto"
+    (Transformer Engine where it can run and parameters are bfloat16: it has no float32 attention for
+    packed sequences).
+    """
+    if choice == "torch":
+        return True, "model.layer_spec asks for it"
+    missing = why_no_transformer_engine()
+    if choice == "transformer_engine":
+        if missing:
+            raise ImportError(f"model.layer_spec = 'transformer_engine': {missing}")
+        return False, "model.layer_spec asks for it"
+    if params_dtype != torch.bfloat16:
+        return True, "Transformer Engine has no float32 attention for packed sequences"
+    return bool(missing), missing or "Transformer Engine is installed, and parameters are bfloat16"
 
 
 def block_spec(
     config: TransformerConfig, choice: str
 ) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
-    """The layer spec and whether it is the torch-native one.
-
-    `choice` is "torch", "transformer_engine" (raises ImportError where it is missing) or "auto"
-    (Transformer Engine where it is installed, there is a GPU, and parameters are bfloat16: it has no
-    float32 attention for packed sequences).
-    """
+    """The layer spec of `choose_spec`, and whether it is the torch-native one."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    have_te = have_transformer_engine()
-    if choice == "transformer_engine" and not have_te:
-        raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
-    if choice == "transformer_engine" or (
-        choice == "auto" and have_te and config.params_dtype == torch.bfloat16
-    ):
+    native, why = choose_spec(choice, config.params_dtype)
+    # A GPU that goes without Transformer Engine although nobody asked for that is worth a warning.
+    level = logging.WARNING if native and choice == "auto" and torch.cuda.is_available() else logging.INFO
+    log.log(level, "layer spec: %s (%s)", "torch" if native else "transformer_engine", why)
+    if not native:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
             qk_layernorm=config.qk_layernorm
         ), False

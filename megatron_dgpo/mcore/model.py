@@ -8,7 +8,6 @@ Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard, D head
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.fields import TRANSFORMER
 from megatron_dgpo.mcore.hf_config import ModelShape, RopeScaling
 from megatron_dgpo.mcore.layers import PackedLayout, block_spec
 from megatron_dgpo.types import PackedBatch
@@ -30,11 +30,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config for this model; `overrides` are TransformerConfig fields by name.
 
-    Raises ValueError naming an override that Megatron does not have.
+    Raises ValueError naming an override that Megatron does not have or cannot take.
     """
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"model.transformer.{unknown[0]}: Megatron's TransformerConfig has no such field")
     on_cpu = not platform.has_gpu()
     values: dict[str, Any] = dict(
         num_layers=shape.num_layers,
@@ -73,7 +70,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         apply_rope_fusion=False,
     )
-    return TransformerConfig(**{**values, **overrides})
+    return TransformerConfig(**{**values, **TRANSFORMER.values(overrides)})
 
 
 def scaled(inverse_D2: Tensor, scaling: RopeScaling) -> Tensor:

@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.fields import DDP, OPTIMIZER
 from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.types import PackedBatch
 
@@ -52,11 +53,23 @@ class UpdateResult:
     learning_rate: float
 
 
-def _checked(cls: type, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"{section}.{unknown[0]}: Megatron's {cls.__name__} has no such field")
-    return dict(given)
+def ddp_config(fields: Mapping[str, Any]) -> DistributedDataParallelConfig:
+    """Megatron's, with fields of it by name. Raises ValueError naming one that it does not have or take."""
+    defaults = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    return DistributedDataParallelConfig(**{**defaults, **DDP.values(fields)})
+
+
+def optimizer_config(c: Any, params_dtype: torch.dtype) -> OptimizerConfig:
+    """Megatron's, from config.OptimizerConfig. Raises ValueError as `ddp_config`."""
+    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    defaults = dict(
+        {name: getattr(c, name) for name in names},
+        optimizer="adam",
+        bf16=params_dtype == torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=True,
+    )
+    return OptimizerConfig(**{**defaults, **OPTIMIZER.values(c.megatron)})
 
 
 def pad_for_sequence_parallel(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -112,40 +125,19 @@ class Policy:
         self.config = model.config
         self._reference = self._copy_to_host() if keep_reference else None
         with platform.megatron_calls():
-            self.ddp = self._wrap(_checked(DistributedDataParallelConfig, "ddp", ddp or {}))
+            self.ddp = self._wrap(ddp or {})
             self.optimizer = self._build_optimizer(optimizer)
             self.scheduler = _build_scheduler(self.optimizer, optimizer, total_updates)
         self.config.finalize_model_grads_func = finalize_model_grads
 
-    def _wrap(self, fields: dict[str, Any]) -> DistributedDataParallel:
-        defaults = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        wrapped = DistributedDataParallel(
-            self.config, DistributedDataParallelConfig(**{**defaults, **fields}), self.model
-        )
+    def _wrap(self, fields: Mapping[str, Any]) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(self.config, ddp_config(fields), self.model)
         wrapped.broadcast_params()
         self.config.no_sync_func = wrapped.no_sync
         return wrapped
 
     def _build_optimizer(self, c: Any) -> Any:
-        bf16 = self.config.params_dtype == torch.bfloat16
-        config = OptimizerConfig(
-            **{
-                **dict(
-                    optimizer="adam",
-                    lr=c.lr,
-                    min_lr=c.min_lr,
-                    weight_decay=c.weight_decay,
-                    adam_beta1=c.adam_beta1,
-                    adam_beta2=c.adam_beta2,
-                    adam_eps=c.adam_eps,
-                    clip_grad=c.clip_grad,
-                    bf16=bf16,
-                    params_dtype=self.config.params_dtype,
-                    use_distributed_optimizer=True,
-                ),
-                **_checked(OptimizerConfig, "optimizer.megatron", c.megatron),
-            }
-        )
+        config = optimizer_config(c, self.config.params_dtype)
         optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=platform.has_gpu())
         for inner in inner_optimizers(optimizer):
             _allocate_state(inner.optimizer)
