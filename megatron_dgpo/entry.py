@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from megatron_dgpo.checks import (
+    Absent,
     AnyConfig,
     gpus_of_servers,
     local_world_size,
@@ -140,20 +141,20 @@ def _layer_spec(config: AnyConfig) -> Iterator[str]:
         return
     if config.parallel.device == "cpu":
         yield "model.layer_spec: 'transformer_engine' needs a GPU, and parallel.device is 'cpu'; use 'torch'"
-    elif not _have_transformer_engine():
-        yield (
-            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
-            "'auto' and 'torch' do without"
+    elif missing := _why_no_transformer_engine():
+        yield Absent(
+            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU, and "
+            f"{missing}; 'auto' and 'torch' do without"
         )
 
 
-def _have_transformer_engine() -> bool:
+def _why_no_transformer_engine() -> str:
     if importlib.util.find_spec("transformer_engine") is None:
-        return False
+        return "Transformer Engine is not installed"
     from megatron_dgpo import platform  # noqa: F401 - Megatron's warnings are filtered before it is imported
-    from megatron_dgpo.mcore.layers import have_transformer_engine
+    from megatron_dgpo.mcore.layers import why_no_transformer_engine
 
-    return have_transformer_engine()
+    return why_no_transformer_engine()
 
 
 def _algorithm(config: AnyConfig) -> Iterator[str]:

@@ -76,7 +76,10 @@ OWNED_TRANSFORMER_FIELDS = {
     **dict.fromkeys(
         ("masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "qk_clip",
          "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit", "test_mode",
-         "disable_bf16_reduced_precision_matmul"),
+         "disable_bf16_reduced_precision_matmul", "fused_single_qkv_rope",
+         "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size",
+         "delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks",
+         "activation_offload_fraction", "fine_grained_offloading_max_inflight_offloads"),
         "does nothing here: no part of a run reads it",
     ),
     **dict.fromkeys(
@@ -125,8 +128,7 @@ OWNED_DDP_PREFIXES = dict.fromkeys(("fsdp_", "megatron_fsdp_"), _NO_FSDP)
 ONLY_TRANSFORMER_ENGINE = (
     *("attention_backend", "flash_attention_version", "attention_dropout"),
     *("apply_query_key_layer_scaling", "use_te_activation_func", "use_transformer_engine_op_fuser"),
-    *("fused_residual_rmsnorm", "fused_single_qkv_rope", "fine_grained_activation_offloading"),
-    *("cpu_offloading", "disable_parameter_transpose_cache"),
+    *("fused_residual_rmsnorm", "apply_rope_fusion", "cpu_offloading", "disable_parameter_transpose_cache"),
 )
 """Fields of TransformerConfig that the torch layer spec does not read."""
 

@@ -140,7 +140,7 @@ class Policy:
         config = optimizer_config(c, self.config.params_dtype)
         optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=platform.has_gpu())
         for inner in inner_optimizers(optimizer):
-            _allocate_state(inner.optimizer)
+            allocate_state(inner.optimizer)
         return optimizer
 
     # --- passes -----------------------------------------------------------------------------------
@@ -286,18 +286,29 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's Adam its state before the first step, so that a checkpoint can be written and
-    loaded at any time (fused optimizers of TE and Apex keep their step elsewhere)."""
-    if not isinstance(optimizer, torch.optim.Adam):
+def allocate_state(optimizer: Any) -> None:
+    """Give an Adam the state that it would make in its first step, so that a checkpoint can be written and
+    loaded at any time. torch's counts steps for each parameter, Transformer Engine's and Apex's for each
+    group."""
+    for part in getattr(optimizer, "sub_optimizers", [optimizer]):  # Megatron's offloading one has several
+        for group in part.param_groups:
+            for p in group["params"]:
+                if not part.state[p]:
+                    _allocate_state_of(part, p)
+            if not isinstance(part, torch.optim.Adam):
+                group.setdefault("step", 0)
+    if hasattr(optimizer, "sub_optimizers"):
+        optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _allocate_state_of(optimizer: Any, p: Tensor) -> None:
+    if hasattr(optimizer, "initialize_state"):  # Transformer Engine's, whose state has precisions of its own
+        remainders = getattr(optimizer, "store_param_remainders", False) and p.dtype == torch.bfloat16
+        optimizer.initialize_state(p, remainders)
         return
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+    optimizer.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    if isinstance(optimizer, torch.optim.Adam):
+        optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32)
 
 
 class Schedule(OptimizerParamScheduler):

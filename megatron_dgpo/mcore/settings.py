@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import layers as parallel_layers
 
 from megatron_dgpo.config import Config, SFTConfig
 from megatron_dgpo.mcore.fields import not_of_torch
@@ -27,6 +28,11 @@ def refused_by_megatron(config: Config | SFTConfig) -> Iterator[str]:
     native, why = choose_spec(config.model.layer_spec, dtype)
     if native:
         yield from not_of_torch(transformer, why)
+    if transformer.get("gradient_accumulation_fusion") and not parallel_layers._grad_accum_fusion_available:
+        yield (
+            "model.transformer.gradient_accumulation_fusion: Megatron's layers need Apex's extension "
+            "fused_weight_gradient_mlp_cuda for it; leave it out (Transformer Engine's layers do without)"
+        )
     builds: dict[str, Callable[[], Any]] = {
         "model.transformer": lambda: transformer_config(shape, config.parallel, dtype, transformer),
         "ddp": lambda: ddp_config(config.ddp),

@@ -560,9 +560,9 @@ def test_settings(
 
 
 def has_transformer_engine() -> bool:
-    from megatron_dgpo.mcore.layers import have_transformer_engine
+    from megatron_dgpo.mcore.layers import why_no_transformer_engine
 
-    return have_transformer_engine()
+    return not why_no_transformer_engine()
 
 
 @pytest.mark.parametrize("module", ["train", "sft"])

@@ -130,7 +130,8 @@ OF_ONE_RELEASE = {
     *("tensor_parallel_num_weight_shards", "gtp_weight_remat_size", "use_mup", "nccl_all_reduce_for_prefill"),
     *("use_grouped_gemm_for_dense_mlp", "use_grouped_gemm_for_shared_expert", "fp4_param_gather"),
     *("overlap_dispatch_backward_with_experts_wgrad", "use_layer_wise_distributed_optimizer"),
-    "preserve_fp32_weights",
+    *("preserve_fp32_weights", "delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks"),
+    *("activation_offload_fraction", "fine_grained_offloading_max_inflight_offloads"),
 }
 """Fields that users may not set, of some supported releases of Megatron and not of others."""
 LATER = {"mup_", "lion_", "soap_", "adaptive_muon_", "megatron_fsdp_"}
