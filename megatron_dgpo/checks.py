@@ -5,7 +5,6 @@ Each check yields problems as "key: what is wrong and what would be right"; none
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -458,26 +457,3 @@ def read_json(path: Path) -> dict[str, Any] | str:
     except ValueError as error:
         return f"{path} is {error}"
     return value if isinstance(value, dict) else f"{path} does not hold a JSON object"
-
-
-_PLAIN = {
-    "bool": ((bool,), "true or false"),
-    "int": ((int,), "an integer"),
-    "float": ((int, float), "a number"),
-    "str": ((str,), "text"),
-}
-
-
-def check_passthrough(section: str, given: Mapping[str, Any], types: Mapping[str, str]) -> Iterator[str]:
-    """Problems for names that Megatron's dataclass does not have, and for plain fields' types.
-
-    `types`: each of its fields -> the type as text (see `mcore.fields`).
-    """
-    for key, value in given.items():
-        accepted, expected = _PLAIN.get(types.get(key, ""), ((), ""))
-        if accepted and type(value) not in accepted:
-            yield f"{section}.{key}: {value!r} is not {expected}"
-        if key not in types:
-            near = difflib.get_close_matches(key, types, n=1)
-            hint = f" (did you mean {section}.{near[0]}?)" if near else ""
-            yield f"{section}.{key}: Megatron has no such field{hint}"

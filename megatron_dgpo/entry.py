@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from megatron_dgpo.checks import (
+    Absent,
     AnyConfig,
-    check_passthrough,
     gpus_of_servers,
     local_world_size,
     missing_number,
@@ -28,7 +28,7 @@ from megatron_dgpo.checks import (
 )
 from megatron_dgpo.cli import C, ConfigError, dump_toml, load_or_exit, parse_toml, refusals, validate
 from megatron_dgpo.config import Config
-from megatron_dgpo.mcore.fields import PASSED_THROUGH
+from megatron_dgpo.mcore.fields import PASSED_THROUGH, low_precision_states, not_of_torch
 from megatron_dgpo.mcore.hf_config import FAMILIES, ModelShape
 from megatron_dgpo.observe.console import set_up_logging
 from megatron_dgpo.rewards import build_reward, build_term, reward_names
@@ -59,12 +59,19 @@ def _megatron_fields(config: AnyConfig) -> Iterator[str]:
         "ddp": config.ddp,
         "optimizer.megatron": config.optimizer.megatron,
     }
-    for of in PASSED_THROUGH:
-        if given[of.section]:
-            yield from check_passthrough(of.section, given[of.section], of.types())
-    for of in PASSED_THROUGH:
-        for key in sorted(of.owned.keys() & given[of.section].keys()):
-            yield f"{of.section}.{key}: follows from {of.owned[key]} and cannot be set"
+    found = [problem for of in PASSED_THROUGH for problem in of.problems(given[of.section])]
+    yield from found
+    if not found:
+        yield from low_precision_states(config.optimizer.megatron)
+        if why := _torch_for_sure(config):
+            yield from not_of_torch(config.model.transformer, why)
+
+
+def _torch_for_sure(config: AnyConfig) -> str:
+    """Why the layer spec is 'torch' on every machine; empty where that depends on the machine."""
+    if config.model.layer_spec == "torch":
+        return "model.layer_spec"
+    return "parallel.device is 'cpu'" if config.parallel.device == "cpu" else ""
 
 
 def _used_folder(config: AnyConfig) -> Iterator[str]:
@@ -134,20 +141,20 @@ def _layer_spec(config: AnyConfig) -> Iterator[str]:
         return
     if config.parallel.device == "cpu":
         yield "model.layer_spec: 'transformer_engine' needs a GPU, and parallel.device is 'cpu'; use 'torch'"
-    elif not _have_transformer_engine():
-        yield (
-            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU; "
-            "'auto' and 'torch' do without"
+    elif missing := _why_no_transformer_engine():
+        yield Absent(
+            "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU, and "
+            f"{missing}; 'auto' and 'torch' do without"
         )
 
 
-def _have_transformer_engine() -> bool:
+def _why_no_transformer_engine() -> str:
     if importlib.util.find_spec("transformer_engine") is None:
-        return False
+        return "Transformer Engine is not installed"
     from megatron_dgpo import platform  # noqa: F401 - Megatron's warnings are filtered before it is imported
-    from megatron_dgpo.mcore.layers import have_transformer_engine
+    from megatron_dgpo.mcore.layers import why_no_transformer_engine
 
-    return have_transformer_engine()
+    return why_no_transformer_engine()
 
 
 def _algorithm(config: AnyConfig) -> Iterator[str]:
@@ -239,6 +246,7 @@ def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None
         platform.use_device(config.parallel.device, ranks)
         _require_gpus_for_servers(config, ranks)
         data = load(config)
+        _require_megatrons_consent(config)
         lock = claim(config.run.folder)
 
     with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
@@ -259,6 +267,14 @@ def _require_gpus_for_servers(config: AnyConfig, ranks: int) -> None:
                 "use fewer servers or ranks, or rollout.sglang.colocate"
             ]
         )
+
+
+def _require_megatrons_consent(config: AnyConfig) -> None:
+    """Raises ConfigError where Megatron's own checks refuse the settings together."""
+    from megatron_dgpo.mcore.settings import refused_by_megatron
+
+    if problems := list(refused_by_megatron(config)):
+        raise ConfigError(problems)
 
 
 def claim(folder: Path) -> IO[str] | None:

@@ -76,6 +76,10 @@ def use_device(kind: str, ranks: int, key: str = "parallel.device") -> None:
         ValueError: naming `key`, where not every rank can have a device of that kind for itself.
         RuntimeError: GPUs are to be hidden, and this process has used one already.
     """
+    # Images of containers allow TF32 by this variable, with which float32 logits are off by 1e-3.
+    os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"
+    torch.set_float32_matmul_precision("highest")
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron's overlap counts on one queue
     if kind == "cpu":
         if torch.cuda.is_initialized():
             raise RuntimeError(f"{key}: 'cpu' comes too late, since this process has used a GPU already")
@@ -245,7 +249,6 @@ def run_megatron_on_cpu() -> None:
     global _shim
     if has_gpu() or _shim is not None:
         return
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *a, **k: None
     in_order = _InOrder()

@@ -54,9 +54,9 @@ class ModelConfig(Section):
     """Of the parameters that compute; the optimizer keeps float32 copies."""
     layer_spec: Literal["auto", "torch", "transformer_engine"] = "auto"
     """Transformer layers; "auto" takes Transformer Engine's for bfloat16 where it is installed and there is
-    a GPU."""
+    a GPU. A run logs its choice and the reason."""
     transformer: dict[str, Any] = {}
-    """Fields of Megatron's TransformerConfig by name."""
+    """Fields of Megatron's TransformerConfig by name, such as attention_backend = "flash"."""
 
 
 class ParallelConfig(Section):

@@ -266,8 +266,9 @@ def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
         if not same_ranks:
             del wanted["rng"]
             log.warning("another number of ranks than when saving: random generators start afresh")
+        wanted["model"] = _tensors(wanted["model"])
         loaded = _load(wanted, checkpoint.path)
-        policy.ddp.module.load_state_dict(loaded["model"])
+        _put_weights(policy.model, wanted["model"], loaded["model"], checkpoint.path)
         policy.optimizer.load_state_dict(loaded["optimizer"])
         policy.scheduler.load_state_dict(loaded["scheduler"])
     _separate_steps(policy)
@@ -290,12 +291,19 @@ def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> N
     check_files(folder, groups)
     check_shape(folder, model.shape)
     with progress(f"loading {folder}"), platform.megatron_calls(), torch.no_grad():
-        state = model.sharded_state_dict(metadata=dict(METADATA))
-        # The others are the extra state of linear layers: empty without FP8, and not imported.
-        tensors = {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
-        loaded = _load(tensors, folder)
-        loaded = {name: tensor for name, tensor in loaded.items() if name in tensors}
-        missing, unexpected = model.load_state_dict(loaded, strict=False)
+        wanted = _tensors(model.sharded_state_dict(metadata=dict(METADATA)))
+        _put_weights(model, wanted, _load(wanted, folder), folder)
+
+
+def _tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """A model's sharded state without the extra states of its layers: they are empty without FP8, imports
+    have none, and which layers have one depends on the layer spec."""
+    return {k: v for k, v in state.items() if isinstance(v, (ShardedTensor, ShardedTensorFactory))}
+
+
+def _put_weights(model: PolicyModel, wanted: dict[str, Any], loaded: dict[str, Any], folder: Path) -> None:
+    tensors = {name: tensor for name, tensor in loaded.items() if name in wanted}
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
     missing = [name for name in missing if not name.endswith("._extra_state")]
     if missing or unexpected:
         raise RuntimeError(f"{folder}: not loaded: {missing}; not expected: {unexpected}")
@@ -320,8 +328,11 @@ def _accept_missing_step(policy: Policy) -> None:
 
 def _separate_steps(policy: Policy) -> None:
     """Megatron hands one step tensor to all parameters; torch's Adam would count it up once for
-    each of them."""
+    each of them. Transformer Engine's kernels take an integer, and torch's Adam saved a float."""
     for optimizer in inner_optimizers(policy.optimizer):
+        for group in optimizer.optimizer.param_groups:
+            if isinstance(group.get("step"), float):
+                group["step"] = int(group["step"])
         for state in optimizer.optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = state["step"].clone()

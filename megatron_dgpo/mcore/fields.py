@@ -1,50 +1,157 @@
-"""Which fields of Megatron-Core's dataclasses a config may set, known without importing Megatron.
-
-Importing it takes seconds, and a wrong setting should be refused at once. So the fields are read from the
-source of the installed Megatron-Core. Where that source is not a plain dataclass, the class itself is
-imported and asked.
-"""
+"""Which fields of Megatron-Core's dataclasses a config may set, known without importing Megatron."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import functools
-import importlib
-import importlib.util
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-_FROM_HF = "the model's config.json"
-_WHOLE = "the export of whole parameters after a step"
+from megatron_dgpo.mcore.field_types import NotThis, enum_class, enum_members, field_types, made, read
+
+
+def _follows(source: str) -> str:
+    return f"follows from {source} and cannot be set"
+
+
+_FROM_HF = _follows("the model's config.json")
+_WHOLE = _follows("the export of whole parameters after a step")
+_PARALLEL = _follows("the [parallel] section")
+_DENSE = "is not supported: the models are dense transformers"
+_PACKED = "is not supported: packed micro-batches differ in length"
+_GENERATION = "is of generation, which the rollout engine does"
+_PRECISION = _follows("model.params_dtype")
+_FORMAT = _follows("the checkpoint format")
+_LOSS = _follows("the loss's global denominators")
 OWNED_TRANSFORMER_FIELDS = {
     **dict.fromkeys(
         ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
          "ffn_hidden_size", "normalization", "layernorm_epsilon", "gated_linear_unit", "activation_func",
-         "add_bias_linear", "add_qkv_bias", "qk_layernorm", "init_method_std"),
+         "add_bias_linear", "add_qkv_bias", "qk_layernorm", "init_method_std", "embedding_init_method_std",
+         "layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "softmax_scale",
+         "softmax_type", "glu_linear_offset", "activation_func_clamp_value", "rotary_interleaved",
+         "window_size", "window_attn_skip_freq", "no_rope_freq", "mrope_section", "qk_l2_norm",
+         "attention_output_gate"),
         _FROM_HF,
     ),
-    **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16"), "model.params_dtype"),
+    **dict.fromkeys(("params_dtype", "pipeline_dtype", "bf16", "fp16", "enable_autocast", "autocast_dtype"),
+                    _PRECISION),
     **dict.fromkeys(
         ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size",
-         "sequence_parallel", "variable_seq_lengths"),
-        "the [parallel] section",
+         "sequence_parallel", "variable_seq_lengths", "hierarchical_context_parallel_sizes",
+         "max_seqlen_per_dp_cp_rank", "hybrid_context_parallel", "cp_comm_type",
+         "tensor_parallel_num_weight_shards", "gtp_weight_remat_size", "use_te_rng_tracker",
+         "pipeline_model_parallel_comm_backend", "batch_p2p_comm", "use_ring_exchange_p2p"),
+        _PARALLEL,
     ),
-    **dict.fromkeys(("calculate_per_token_loss",), "the loss's global denominators"),
+    **dict.fromkeys(
+        ("virtual_pipeline_model_parallel_size", "pipeline_model_parallel_layout", "mtp_standalone",
+         "microbatch_group_size_per_vp_stage", "overlap_p2p_comm", "overlap_p2p_comm_warmup_flush",
+         "account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"),
+        "is not supported: a stage has one block of layers (num_layers_in_first_pipeline_stage and "
+        "num_layers_in_last_pipeline_stage make uneven ones)",
+    ),
+    **dict.fromkeys(
+        ("cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "defer_embedding_wgrad_compute",
+         "wgrad_deferral_limit"),
+        _follows("the loss, which owns the LM head"),
+    ),
+    "calculate_per_token_loss": _LOSS,
+    **dict.fromkeys(
+        ("num_moe_experts", "multi_latent_attention", "experimental_attention_variant", "is_hybrid_model",
+         "heterogeneous_block_specs", "hetereogenous_dist_checkpoint", "use_mup",
+         "use_grouped_gemm_for_dense_mlp", "use_grouped_gemm_for_shared_expert",
+         "overlap_dispatch_backward_with_experts_wgrad", "overlap_moe_expert_parallel_comm",
+         "ep_overlap_early_attn_memory_release", "use_mamba_mem_eff_path",
+         "use_fused_weighted_squared_relu"),
+        _DENSE,
+    ),
+    **dict.fromkeys(("transformer_impl",), _follows("model.layer_spec")),
+    **dict.fromkeys(("init_model_with_meta_device",), _follows("the weights, which are loaded by name")),
+    **dict.fromkeys(
+        ("enable_cuda_graph", "external_cuda_graph", "tp_only_amax_red", "first_last_layers_bf16",
+         "num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"),
+        _PACKED,
+    ),
+    **dict.fromkeys(
+        ("masked_softmax_fusion", "persist_layer_norm", "memory_efficient_layer_norm", "qk_clip",
+         "qk_clip_alpha", "qk_clip_threshold", "log_max_attention_logit", "test_mode",
+         "disable_bf16_reduced_precision_matmul", "fused_single_qkv_rope",
+         "fine_grained_activation_offloading", "offload_modules", "min_offloaded_tensor_size",
+         "delay_offload_until_cuda_graph", "delta_offload_bytes_across_pp_ranks",
+         "activation_offload_fraction", "fine_grained_offloading_max_inflight_offloads"),
+        "does nothing here: no part of a run reads it",
+    ),
+    **dict.fromkeys(
+        ("flash_decode", "symmetric_ar_type", "use_inference_optimized_layers", "mlp_chunks_for_prefill",
+         "nccl_all_reduce_for_prefill"),
+        _GENERATION,
+    ),
 }  # fmt: skip
+OWNED_TRANSFORMER_PREFIXES = {
+    **dict.fromkeys(("moe_", "expert_", "mtp_", "dsa_", "linear_", "mamba_", "mup_"), _DENSE),
+    **dict.fromkeys(("fp8", "fp4"), _PACKED),
+    "cuda_graph_": _PACKED,
+    "tp_comm_": "is not supported: Transformer Engine's user buffers are not set up",
+    "inference_": _GENERATION,
+}
+_ADAM = "is not supported: the optimizer is AdamW"
 OWNED_OPTIMIZER_FIELDS = {
-    **{name: f"optimizer.{name}" for name in ("lr", "min_lr", "weight_decay", "clip_grad")},
-    **{name: f"optimizer.{name}" for name in ("adam_beta1", "adam_beta2", "adam_eps")},
-    **dict.fromkeys(("bf16", "fp16", "params_dtype"), "model.params_dtype"),
-    "use_distributed_optimizer": "the checkpoint format",
-    "overlap_param_gather_with_optimizer_step": _WHOLE,
-}
+    **{name: _follows(f"optimizer.{name}") for name in ("lr", "min_lr", "weight_decay", "clip_grad")},
+    **{name: _follows(f"optimizer.{name}") for name in ("adam_beta1", "adam_beta2", "adam_eps")},
+    **dict.fromkeys(("bf16", "fp16", "params_dtype", "loss_scale", "initial_loss_scale", "min_loss_scale",
+                     "loss_scale_window", "hysteresis"), _PRECISION),
+    **dict.fromkeys(("use_distributed_optimizer", "use_layer_wise_distributed_optimizer"),
+                    _FORMAT),
+    **dict.fromkeys(("overlap_param_gather", "overlap_param_gather_with_optimizer_step"), _WHOLE),
+    **dict.fromkeys(("fp8_recipe", "reuse_grad_buf_for_mxfp8_param_ag"), _PACKED),
+    "optimizer": _ADAM,
+}  # fmt: skip
+OWNED_OPTIMIZER_PREFIXES = dict.fromkeys(("sgd_", "muon_", "lion_", "soap_", "adaptive_muon_"), _ADAM)
+_NO_FSDP = "is of Megatron's FSDP, which is not used"
 OWNED_DDP_FIELDS = {
-    "use_distributed_optimizer": "the checkpoint format",
-    "average_in_collective": "the loss's global denominators",
-    "overlap_param_gather": _WHOLE,
-}
+    "use_distributed_optimizer": _FORMAT,
+    "average_in_collective": _LOSS,
+    **dict.fromkeys(("overlap_param_gather", "align_param_gather"), _WHOLE),
+    **dict.fromkeys(
+        ("use_megatron_fsdp", "use_custom_fsdp", "data_parallel_sharding_strategy",
+         "outer_dp_sharding_strategy", "suggested_communication_unit_size", "preserve_fp32_weights"),
+        _NO_FSDP,
+    ),
+    **dict.fromkeys(("fp8_param_gather", "fp4_param_gather", "keep_fp8_transpose_cache",
+                     "reuse_grad_buf_for_mxfp8_param_ag"), _PACKED),
+    "num_distributed_optimizer_instances": _PARALLEL,
+}  # fmt: skip
+OWNED_DDP_PREFIXES = dict.fromkeys(("fsdp_", "megatron_fsdp_"), _NO_FSDP)
+
+
+ONLY_TRANSFORMER_ENGINE = (
+    *("attention_backend", "flash_attention_version", "attention_dropout"),
+    *("apply_query_key_layer_scaling", "use_te_activation_func", "use_transformer_engine_op_fuser"),
+    *("fused_residual_rmsnorm", "apply_rope_fusion", "cpu_offloading", "disable_parameter_transpose_cache"),
+)
+"""Fields of TransformerConfig that the torch layer spec does not read."""
+
+
+def not_of_torch(given: Mapping[str, Any], why: str) -> Iterator[str]:
+    """A line for each of TransformerConfig's fields that would do nothing under the torch layer spec, which
+    was chosen for the reason `why`."""
+    for key in ONLY_TRANSFORMER_ENGINE:
+        if given.get(key):  # false, or 0, is what the torch spec does
+            yield (
+                f"model.transformer.{key}: only Transformer Engine's layers read it, and the layer spec is "
+                f"'torch' ({why})"
+            )
+
+
+def low_precision_states(given: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each of OptimizerConfig's precisions that only its precision-aware optimizer has."""
+    for key in ("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"):
+        if given.get(key, "float32") != "float32" and not given.get("use_precision_aware_optimizer"):
+            yield (
+                f"optimizer.megatron.{key}: {given[key]!r} needs use_precision_aware_optimizer = true beside "
+                "it, which takes Transformer Engine's Adam"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,102 +162,75 @@ class PassedThrough:
     module: str
     """Where the dataclass is defined."""
     cls: str
-    owned: dict[str, str]
-    """Fields that users may not set, and what each follows from."""
+    owned: Mapping[str, str]
+    """Fields that users may not set, each with the reason."""
+    owned_prefixes: Mapping[str, str]
+    """The same of all fields whose names begin so."""
 
     def types(self) -> dict[str, str]:
         """Field -> its type as Megatron's source writes it, such as "bool" or "Optional[int]"."""
         return field_types(self.module, self.cls)
 
+    def refusal(self, key: str) -> str | None:
+        """Why users may not set a field; None where they may."""
+        begins = (why for prefix, why in self.owned_prefixes.items() if key.startswith(prefix))
+        return self.owned.get(key) or next(begins, None)
 
-PASSED_THROUGH = (
-    PassedThrough(
-        "model.transformer",
-        "megatron.core.transformer.transformer_config",
-        "TransformerConfig",
-        OWNED_TRANSFORMER_FIELDS,
-    ),
-    PassedThrough(
-        "ddp",
-        "megatron.core.distributed.distributed_data_parallel_config",
-        "DistributedDataParallelConfig",
-        OWNED_DDP_FIELDS,
-    ),
-    PassedThrough(
-        "optimizer.megatron",
-        "megatron.core.optimizer.optimizer_config",
-        "OptimizerConfig",
-        OWNED_OPTIMIZER_FIELDS,
-    ),
+    def problems(self, given: Mapping[str, Any]) -> Iterator[str]:
+        """A line for each setting that Megatron's dataclass does not have, that it cannot take, or that
+        follows from something else."""
+        types = self.types() if given else {}
+        for key, value in given.items():
+            name = f"{self.section}.{key}"
+            if key not in types:
+                near = difflib.get_close_matches(key, types, n=1)
+                hint = f" (did you mean {self.section}.{near[0]}?)" if near else ""
+                yield f"{name}: Megatron has no such field{hint}"
+            elif (why := self.refusal(key)) is not None:
+                yield f"{name}: {why}"
+            else:
+                try:
+                    read(value, types[key], self._members)
+                except NotThis as error:
+                    yield f"{name}: {error}"
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings as the dataclass takes them: names of precisions and of members of enumerations become
+        what they name. Imports torch, and Megatron where an enumeration asks for it.
+
+        Raises ValueError with the first of `problems`.
+        """
+        if wrong := next(self.problems(given), None):
+            raise ValueError(wrong)
+        types = self.types() if given else {}
+        return {key: made(read(value, types[key], self._members), self._home) for key, value in given.items()}
+
+    def _members(self, name: str) -> tuple[str, ...]:
+        return enum_members(self.module, name)
+
+    def _home(self, name: str) -> Any:
+        return enum_class(self.module, name)
+
+
+TRANSFORMER = PassedThrough(
+    "model.transformer",
+    "megatron.core.transformer.transformer_config",
+    "TransformerConfig",
+    OWNED_TRANSFORMER_FIELDS,
+    OWNED_TRANSFORMER_PREFIXES,
 )
-
-
-class _NotPlain(Exception):
-    """The source alone does not tell the fields."""
-
-
-@functools.cache
-def field_types(module: str, cls: str) -> dict[str, str]:
-    """The fields of a dataclass in order, those of its bases first, with their types as text.
-
-    Raises ImportError where the module or the class is not there.
-    """
-    if module not in sys.modules:
-        try:
-            return dict(fields_in_source(module, cls))
-        except (_NotPlain, OSError, SyntaxError):
-            pass  # the class knows
-    found = getattr(importlib.import_module(module), cls, None)
-    if found is None:
-        raise ImportError(f"{module} has no {cls}")
-    fields = dataclasses.fields(found)
-    return {f.name: f.type if isinstance(f.type, str) else getattr(f.type, "__name__", "") for f in fields}
-
-
-def _source(module: str) -> Path:
-    """The file of a module, found without importing the packages that it is in, as `find_spec` would."""
-    top, *parts = module.split(".")
-    spec = importlib.util.find_spec(top)
-    for folder in (spec and spec.submodule_search_locations) or ():
-        if parts and Path(folder, parts[0]).is_dir():  # a namespace package may have several folders
-            return Path(folder, *parts).with_suffix(".py")
-    raise _NotPlain(module)
-
-
-def fields_in_source(module: str, cls: str) -> Iterator[tuple[str, str]]:
-    tree = ast.parse(_source(module).read_text(encoding="utf-8"))
-    found = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == cls]
-    if len(found) != 1 or not _is_plain(found[0]):
-        raise _NotPlain(f"{module}.{cls}")
-    for base in reversed(found[0].bases):  # a later base's fields come first
-        if not isinstance(base, ast.Name):
-            raise _NotPlain(f"{module}.{cls}")
-        yield from fields_in_source(_where(base.id, tree, module), base.id)
-    for node in found[0].body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            type_ = ast.unparse(node.annotation)
-            if isinstance(node.annotation, ast.Constant) or "ClassVar" in type_ or "InitVar" in type_:
-                raise _NotPlain(f"{module}.{cls}.{node.target.id}")
-            yield node.target.id, type_
-
-
-def _is_plain(node: ast.ClassDef) -> bool:
-    """@dataclass, or @dataclass(...), and nothing else that could change which fields there are."""
-    decorators = [d.func if isinstance(d, ast.Call) else d for d in node.decorator_list]
-    if [ast.unparse(d) for d in decorators] not in (["dataclass"], ["dataclasses.dataclass"]):
-        return False
-    simple = (ast.AnnAssign, ast.Expr, ast.FunctionDef, ast.Pass)
-    return not node.keywords and all(isinstance(statement, simple) for statement in node.body)
-
-
-def _where(name: str, tree: ast.Module, module: str) -> str:
-    """The module that defines a name which this one uses."""
-    if any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body):
-        return module
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and name in [a.asname or a.name for a in node.names]:
-            if any(a.asname == name for a in node.names):
-                break
-            parent = module.split(".")[: -node.level] if node.level else []
-            return ".".join([*parent, *([node.module] if node.module else [])])
-    raise _NotPlain(f"{module}: {name}")
+DDP = PassedThrough(
+    "ddp",
+    "megatron.core.distributed.distributed_data_parallel_config",
+    "DistributedDataParallelConfig",
+    OWNED_DDP_FIELDS,
+    OWNED_DDP_PREFIXES,
+)
+OPTIMIZER = PassedThrough(
+    "optimizer.megatron",
+    "megatron.core.optimizer.optimizer_config",
+    "OptimizerConfig",
+    OWNED_OPTIMIZER_FIELDS,
+    OWNED_OPTIMIZER_PREFIXES,
+)
+PASSED_THROUGH = (TRANSFORMER, DDP, OPTIMIZER)

@@ -10,11 +10,16 @@ key/value heads (query groups), D head dimension.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -26,6 +31,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -110,7 +117,8 @@ def rotate(x_TND: Tensor, rope: Tensor) -> Tensor:
 
 
 class PackedSelfAttention(SelfAttention):
-    """Megatron's self-attention (weights, sharding, checkpoint names) for packed sequences.
+    """Megatron's self-attention (weights, sharding, checkpoint names) for packed sequences, with the core
+    attention of either layer spec.
 
     Megatron's own forward applies the rotary embedding sequence by sequence in Python; here the
     angles were gathered once per micro-batch.
@@ -125,10 +133,22 @@ class PackedSelfAttention(SelfAttention):
         **_: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if packed_seq_params is None or rotary_pos_emb is None:
-            raise ValueError("the torch layer spec takes packed sequences with rotary embeddings only")
+            raise ValueError("this attention takes packed sequences with rotary embeddings only")
         q, k, v = (t.squeeze(1) for t in self.get_query_key_value_tensors(hidden_states, None))
-        out = self.core_attention(rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb), v, packed_seq_params)
+        qkv = rotate(q, rotary_pos_emb), rotate(k, rotary_pos_emb), v
+        core = partial(self._core, packed_seq_params)
+        again = self.checkpoint_core_attention and self.training
+        out = tensor_parallel.checkpoint(core, False, *qkv) if again else core(*qkv)
         return self.linear_proj(out.unsqueeze(1))
+
+    def _core(self, layout: PackedLayout, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """(T, N * D). Transformer Engine's takes rotated queries and keys too, and makes a padding mask of
+        the causal one for sequences in a row."""
+        if isinstance(self.core_attention, PackedSDPA):
+            return self.core_attention(q_TND, k_TGD, v_TGD, layout)
+        mask = dict(attention_mask=None, attn_mask_type=self.attn_mask_type)
+        out = self.core_attention(q_TND, k_TGD, v_TGD, packed_seq_params=layout, **mask)
+        return out.reshape(q_TND.shape[0], -1)
 
 
 def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpec:
@@ -169,34 +189,62 @@ def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpe
     )
 
 
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine's layers can run: it is installed, and there is a GPU."""
+def why_no_transformer_engine() -> str:
+    """What Transformer Engine's layers lack here; empty where they can run."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    return gpt_layer_specs.HAVE_TE and torch.cuda.is_available()
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    if not gpt_layer_specs.HAVE_TE:
+        # Megatron goes on without it, and without a word: say what it did not.
+        try:
+            importlib.import_module("transformer_engine.pytorch")
+        except Exception as error:  # a build for another torch fails in many ways
+            said = " ".join(str(error).split()) or type(error).__name__
+            return f"Transformer Engine is installed and cannot be imported: {said}"
+        return "Megatron-Core does not take the Transformer Engine that is installed"
+    return ""
+
+
+def choose_spec(choice: str, params_dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether the layer spec is the torch-native one, and why.
+
+    `choice` is "torch", "transformer_engine" (raises ImportError where it cannot run) or "auto"
+    (Transformer Engine where it can run and parameters are bfloat16: it has no float32 attention for
+    packed sequences).
+    """
+    if choice == "torch":
+        return True, "model.layer_spec asks for it"
+    missing = why_no_transformer_engine()
+    if choice == "transformer_engine":
+        if missing:
+            raise ImportError(f"model.layer_spec = 'transformer_engine': {missing}")
+        return False, "model.layer_spec asks for it"
+    if params_dtype != torch.bfloat16:
+        return True, "Transformer Engine has no float32 attention for packed sequences"
+    return bool(missing), missing or "Transformer Engine is installed, and parameters are bfloat16"
 
 
 def block_spec(
     config: TransformerConfig, choice: str
 ) -> tuple[TransformerBlockSubmodules | ModuleSpec, bool]:
-    """The layer spec and whether it is the torch-native one.
-
-    `choice` is "torch", "transformer_engine" (raises ImportError where it is missing) or "auto"
-    (Transformer Engine where it is installed, there is a GPU, and parameters are bfloat16: it has no
-    float32 attention for packed sequences).
-    """
+    """The layer spec of `choose_spec`, and whether its attention is `PackedSelfAttention`, which takes each
+    token's cosines and sines. It is not where Transformer Engine's fused rotation is asked for
+    (apply_rope_fusion), which takes angles by position."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer.transformer_block import get_num_layers_to_build
 
-    have_te = have_transformer_engine()
-    if choice == "transformer_engine" and not have_te:
-        raise ImportError("model.layer_spec = 'transformer_engine' needs Transformer Engine and a GPU")
-    if choice == "transformer_engine" or (
-        choice == "auto" and have_te and config.params_dtype == torch.bfloat16
-    ):
-        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm
-        ), False
+    native, why = choose_spec(choice, config.params_dtype)
+    # A GPU that goes without Transformer Engine although nobody asked for that is worth a warning.
+    level = logging.WARNING if native and choice == "auto" and torch.cuda.is_available() else logging.INFO
+    log.log(level, "layer spec: %s (%s)", "torch" if native else "transformer_engine", why)
+    if not native:
+        spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        if not config.apply_rope_fusion:
+            spec.submodules.self_attention.module = PackedSelfAttention
+        return spec, not config.apply_rope_fusion
     layer = torch_layer_spec(qk_norm=config.qk_layernorm)
     layers = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm), True

@@ -8,7 +8,6 @@ Shape suffixes: T packed tokens, H hidden size, K local vocabulary shard, D head
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +15,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.fields import TRANSFORMER
 from megatron_dgpo.mcore.hf_config import ModelShape, RopeScaling
 from megatron_dgpo.mcore.layers import PackedLayout, block_spec
 from megatron_dgpo.types import PackedBatch
@@ -30,12 +31,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """Megatron's config for this model; `overrides` are TransformerConfig fields by name.
 
-    Raises ValueError naming an override that Megatron does not have.
+    Raises ValueError naming an override that Megatron does not have or cannot take.
     """
-    known = {f.name for f in dataclasses.fields(TransformerConfig)}
-    if unknown := sorted(set(overrides) - known):
-        raise ValueError(f"model.transformer.{unknown[0]}: Megatron's TransformerConfig has no such field")
-    on_cpu = not platform.has_gpu()
+    on_gpu = platform.has_gpu()
     values: dict[str, Any] = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -66,14 +64,15 @@ def transformer_config(
         # Gradients are summed, not averaged: every token's coefficient already holds the global
         # denominator (see PackedBatch.coefficients_T).
         calculate_per_token_loss=True,
-        use_cpu_initialization=on_cpu,
-        gradient_accumulation_fusion=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
+        use_cpu_initialization=not on_gpu,
+        # Fusions by torch's compiler, and by an extension that Apex brings.
+        gradient_accumulation_fusion=on_gpu and parallel_layers._grad_accum_fusion_available,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=on_gpu,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=False,  # PackedSelfAttention rotates
     )
-    return TransformerConfig(**{**values, **overrides})
+    return TransformerConfig(**{**values, **TRANSFORMER.values(overrides)})
 
 
 def scaled(inverse_D2: Tensor, scaling: RopeScaling) -> Tensor:
@@ -95,7 +94,7 @@ class PolicyModel(GPTModel):
     def __init__(
         self, config: TransformerConfig, shape: ModelShape, layer_spec: str, *, pre: bool, post: bool
     ) -> None:
-        spec, self_is_native = block_spec(config, layer_spec)
+        spec, own_rotation = block_spec(config, layer_spec)
         super().__init__(
             config=config,
             transformer_layer_spec=spec,
@@ -111,7 +110,7 @@ class PolicyModel(GPTModel):
             # Megatron's own scaling takes the factor alone and fixes the other three numbers.
             self.rotary_pos_emb.inv_freq = scaled(self.rotary_pos_emb.inv_freq, shape.rope_scaling)
         self.shape = shape
-        self.native = self_is_native
+        self.own_rotation = own_rotation
 
     def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
         """(T, 1, H) hidden states; (T / TP, 1, H) under sequence parallelism."""
@@ -129,12 +128,12 @@ class PolicyModel(GPTModel):
         )
 
     def _rope(self, positions_T: Tensor, layout: PackedLayout) -> Tensor:
-        if not self.native:  # Transformer Engine's attention looks the angles up itself
+        if not self.own_rotation:  # Transformer Engine's fused rotation looks the angles up itself
             return self.rotary_pos_emb(layout.max_seqlen_q, packed_seq=True)
         inverse = self.rotary_pos_emb.inv_freq.to(positions_T.device, torch.float32)
         angles = torch.outer(positions_T.to(torch.float32), inverse)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return torch.stack((angles.cos(), angles.sin()))
+        return torch.stack((angles.cos(), angles.sin())).to(self.config.params_dtype)
 
     @property
     def head_weight(self) -> Tensor:
@@ -157,4 +156,15 @@ def build_model(
     with platform.megatron_calls():
         model = kind(config, shape, layer_spec, pre=groups.is_first_stage, post=groups.is_last_stage)
         model.to(device=groups.device)
+    if (overrides or {}).get("gradient_accumulation_fusion", True):
+        _add_gradients_in_float32(model)
     return model.bfloat16() if params_dtype == torch.bfloat16 else model
+
+
+def _add_gradients_in_float32(model: torch.nn.Module) -> None:
+    """Let Transformer Engine's layers add a micro-batch's gradients to the float32 sums themselves. Otherwise
+    they round each to bfloat16 first. Of all layers, Megatron asks for Apex's extension, which these do not
+    take."""
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True  # type: ignore[assignment]

@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_dgpo import platform
+from megatron_dgpo.mcore.fields import DDP, OPTIMIZER
 from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.types import PackedBatch
 
@@ -52,11 +53,23 @@ class UpdateResult:
     learning_rate: float
 
 
-def _checked(cls: type, section: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    known = {f.name for f in dataclasses.fields(cls)}
-    if unknown := sorted(set(given) - known):
-        raise ValueError(f"{section}.{unknown[0]}: Megatron's {cls.__name__} has no such field")
-    return dict(given)
+def ddp_config(fields: Mapping[str, Any]) -> DistributedDataParallelConfig:
+    """Megatron's, with fields of it by name. Raises ValueError naming one that it does not have or take."""
+    defaults = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+    return DistributedDataParallelConfig(**{**defaults, **DDP.values(fields)})
+
+
+def optimizer_config(c: Any, params_dtype: torch.dtype) -> OptimizerConfig:
+    """Megatron's, from config.OptimizerConfig. Raises ValueError as `ddp_config`."""
+    names = ("lr", "min_lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad")
+    defaults = dict(
+        {name: getattr(c, name) for name in names},
+        optimizer="adam",
+        bf16=params_dtype == torch.bfloat16,
+        params_dtype=params_dtype,
+        use_distributed_optimizer=True,
+    )
+    return OptimizerConfig(**{**defaults, **OPTIMIZER.values(c.megatron)})
 
 
 def pad_for_sequence_parallel(batch: PackedBatch, multiple: int) -> PackedBatch:
@@ -112,43 +125,22 @@ class Policy:
         self.config = model.config
         self._reference = self._copy_to_host() if keep_reference else None
         with platform.megatron_calls():
-            self.ddp = self._wrap(_checked(DistributedDataParallelConfig, "ddp", ddp or {}))
+            self.ddp = self._wrap(ddp or {})
             self.optimizer = self._build_optimizer(optimizer)
             self.scheduler = _build_scheduler(self.optimizer, optimizer, total_updates)
         self.config.finalize_model_grads_func = finalize_model_grads
 
-    def _wrap(self, fields: dict[str, Any]) -> DistributedDataParallel:
-        defaults = dict(use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        wrapped = DistributedDataParallel(
-            self.config, DistributedDataParallelConfig(**{**defaults, **fields}), self.model
-        )
+    def _wrap(self, fields: Mapping[str, Any]) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(self.config, ddp_config(fields), self.model)
         wrapped.broadcast_params()
         self.config.no_sync_func = wrapped.no_sync
         return wrapped
 
     def _build_optimizer(self, c: Any) -> Any:
-        bf16 = self.config.params_dtype == torch.bfloat16
-        config = OptimizerConfig(
-            **{
-                **dict(
-                    optimizer="adam",
-                    lr=c.lr,
-                    min_lr=c.min_lr,
-                    weight_decay=c.weight_decay,
-                    adam_beta1=c.adam_beta1,
-                    adam_beta2=c.adam_beta2,
-                    adam_eps=c.adam_eps,
-                    clip_grad=c.clip_grad,
-                    bf16=bf16,
-                    params_dtype=self.config.params_dtype,
-                    use_distributed_optimizer=True,
-                ),
-                **_checked(OptimizerConfig, "optimizer.megatron", c.megatron),
-            }
-        )
+        config = optimizer_config(c, self.config.params_dtype)
         optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=platform.has_gpu())
         for inner in inner_optimizers(optimizer):
-            _allocate_state(inner.optimizer)
+            allocate_state(inner.optimizer)
         return optimizer
 
     # --- passes -----------------------------------------------------------------------------------
@@ -294,18 +286,29 @@ def inner_optimizers(optimizer: Any) -> list[Any]:
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
-def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give torch's Adam its state before the first step, so that a checkpoint can be written and
-    loaded at any time (fused optimizers of TE and Apex keep their step elsewhere)."""
-    if not isinstance(optimizer, torch.optim.Adam):
+def allocate_state(optimizer: Any) -> None:
+    """Give an Adam the state that it would make in its first step, so that a checkpoint can be written and
+    loaded at any time. torch's counts steps for each parameter, Transformer Engine's and Apex's for each
+    group."""
+    for part in getattr(optimizer, "sub_optimizers", [optimizer]):  # Megatron's offloading one has several
+        for group in part.param_groups:
+            for p in group["params"]:
+                if not part.state[p]:
+                    _allocate_state_of(part, p)
+            if not isinstance(part, torch.optim.Adam):
+                group.setdefault("step", 0)
+    if hasattr(optimizer, "sub_optimizers"):
+        optimizer._sync_sub_optimizers_state_to_hdo()
+
+
+def _allocate_state_of(optimizer: Any, p: Tensor) -> None:
+    if hasattr(optimizer, "initialize_state"):  # Transformer Engine's, whose state has precisions of its own
+        remainders = getattr(optimizer, "store_param_remainders", False) and p.dtype == torch.bfloat16
+        optimizer.initialize_state(p, remainders)
         return
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+    optimizer.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+    if isinstance(optimizer, torch.optim.Adam):
+        optimizer.state[p]["step"] = torch.zeros((), dtype=torch.float32)
 
 
 class Schedule(OptimizerParamScheduler):

@@ -9,9 +9,11 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from lazy_adam import in_megatron
 from spawn import run_ranks
 from tiny import SPLITS, config, sequences, split, write_model
 
@@ -143,9 +145,65 @@ def one_rank(rank, world_size, folder):
         results["kept"] = what_is_kept(folder / "kept", policy, groups)
         results["another model"] = another_model(folder / "another", policy, groups)
         results["damaged"] = {how: damaged(folder / how, policy, groups, how) for how in DAMAGE}
+        results["lazy"] = lazy_optimizers(folder / "lazy", make, groups)
+        results["more state"] = layers_with_more_state(folder / "more", make, groups)
     if sys.platform == "linux":
         results["signal"] = parent_death_signal()
     return results
+
+
+def lazy_optimizers(folder, make, groups):
+    """Runs whose optimizer makes its state late, runs of torch's from their checkpoints, and the reverse."""
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
+
+    def saved(name, updates):
+        policy = make(groups)
+        train(policy, updates)
+        store = CheckpointStore(folder / name, groups)
+        store.save(policy, {"step": 1, "world_size": 1})
+        return continued(policy)
+
+    def restored(name):
+        policy = make(groups)
+        restore(policy, CheckpointStore(folder / name, groups).latest())
+        return continued(policy)
+
+    out = {}
+    with in_megatron():
+        want = saved("lazy", 0)
+        out["lazy"] = restored("lazy"), want
+    out["lazy, torch"] = restored("lazy"), want
+    want = saved("torch", BEFORE)
+    with in_megatron():
+        out["torch, lazy"] = restored("torch"), want
+    return out
+
+
+def layers_with_more_state(folder, make, groups):
+    """Transformer Engine's attention and norms have extra states, which the torch layer spec's have not."""
+    from megatron_dgpo.mcore import layers
+    from megatron_dgpo.mcore.checkpoint import CheckpointStore, load_weights, restore
+
+    policy = make(groups)
+    train(policy, 1)
+    store = CheckpointStore(folder, groups)
+    store.save(policy, {"step": 1, "world_size": 1})
+    out = {"want": exported(policy)}
+    none = torch.empty(0, dtype=torch.uint8)
+    more = dict(get_extra_state=lambda self: none, set_extra_state=lambda self, state: None)
+    with (
+        mock.patch.multiple(layers.PackedSDPA, create=True, **more),
+        mock.patch.multiple(layers.RMSNorm, create=True, **more),
+    ):
+        other = make(groups)
+        names = other.model.state_dict()
+        out["asked for"] = [n for n in names if n.endswith("core_attention._extra_state")]
+        restore(other, store.latest())
+        out["restored"] = exported(other)
+        other = make(groups)
+        load_weights(other.model, groups, store.latest().path)
+        out["imported"] = exported(other)
+    return out
 
 
 def what_is_kept(folder, policy, groups):
@@ -275,6 +333,25 @@ def results(tmp_path_factory):
     ranks = run_ranks(two_ranks, 2, folder)
     alone = run_ranks(one_rank, 1, folder)
     return {key: [rank[key] for rank in world] for world in (ranks, alone) for key in world[0]}
+
+
+def test_an_optimizer_that_makes_its_state_late_is_saved_at_any_time(results):
+    """Before its first update as after it; and Transformer Engine's and torch's read each other's."""
+    (pairs,) = results["lazy"]
+    assert len(pairs) == 3
+    for name, (got, want) in pairs.items():
+        assert same(got["at"], want["at"]), name
+        if ", " not in name:
+            assert got["rows"] == want["rows"] and same(got["after"], want["after"]), name
+        for row, expected in zip(got["rows"], want["rows"], strict=True):
+            assert row == pytest.approx(expected, rel=1e-6), name
+        assert largest_difference(got["after"], want["after"]) < 1e-6, name
+
+
+def test_a_checkpoint_of_the_torch_spec_loads_into_layers_with_more_state(results):
+    (got,) = results["more state"]
+    assert len(got["asked for"]) == 2, "a layer each"
+    assert same(got["restored"], got["want"]) and same(got["imported"], got["want"])
 
 
 def same(a, b):

@@ -51,7 +51,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LEAVES = {"jsontext", "progress"}
 """Import nothing of the package, and may be imported by all."""
 PURE = {"types", "config", "jsontext", "checks", "plan", "cli", "weights.names"}
-PURE |= {"mcore.fields", "mcore.hf_config", "mcore.hf_fields"}
+PURE |= {"mcore.fields", "mcore.field_types", "mcore.hf_config", "mcore.hf_fields"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore"}
 WITHOUT_MEGATRON = ("ops", "algorithms", "rewards", "data", "evaluation")

@@ -151,3 +151,20 @@ def test_the_quick_start_asks_for_what_the_machine_has(device, gpus, engine, npr
         assert f"--nproc-per-node {nproc} " in words
         assert f"--parallel.device {device or 'cpu'} " in words
         assert f"--parallel.tensor_model_parallel_size {nproc} " in words
+
+
+def test_float32_is_float32_where_the_environment_allows_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here and in processes that this one starts; and Megatron's order of kernels on GPUs."""
+    monkeypatch.setenv("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "1")
+    monkeypatch.delenv("CUDA_DEVICE_MAX_CONNECTIONS", raising=False)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # what torch starts with under that variable
+    assert torch.backends.cuda.matmul.allow_tf32
+    try:
+        platform.use_device("auto", 1)
+        assert torch.get_float32_matmul_precision() == "highest"
+        assert not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert os.environ["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] == "0"
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"

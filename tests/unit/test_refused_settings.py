@@ -486,6 +486,31 @@ SETTINGS = {
         ["--model.transformer.attention_dropout", "low"],
         "model.transformer.attention_dropout: 'low' is not a number",
     ),
+    "Megatron's enumerations": Case(
+        ["--model.transformer.attention_backend", "flsh"],
+        "model.transformer.attention_backend: 'flsh' is not one of flash, fused, unfused, local, auto",
+    ),
+    "Megatron's precisions": Case(
+        ["--optimizer.megatron.exp_avg_dtype", "half"],
+        "optimizer.megatron.exp_avg_dtype: 'half' is not one of float32, bfloat16, float16, uint8",
+    ),
+    "precision of another optimizer": Case(
+        ["--optimizer.megatron.exp_avg_dtype", "bfloat16"],
+        "optimizer.megatron.exp_avg_dtype: 'bfloat16' needs use_precision_aware_optimizer = true beside it",
+    ),
+    "virtual pipeline": Case(
+        ["--model.transformer.virtual_pipeline_model_parallel_size", 2],
+        "model.transformer.virtual_pipeline_model_parallel_size: is not supported: a stage has one block of",
+    ),
+    "loss scale": Case(
+        ["--optimizer.megatron.loss_scale", 2],
+        "optimizer.megatron.loss_scale: follows from model.params_dtype and cannot be set",
+    ),
+    "field of another layer spec": Case(
+        ["--model.transformer.attention_backend", "flash"],
+        "model.transformer.attention_backend: only Transformer Engine's layers read it, and the layer spec "
+        "is 'torch' (parallel.device is 'cpu')",
+    ),
     "Transformer Engine": Case(
         ["--model.layer_spec", "transformer_engine", *AUTO],
         "model.layer_spec: 'transformer_engine' needs Transformer Engine and a GPU",
@@ -541,9 +566,9 @@ def test_settings(
 
 
 def has_transformer_engine() -> bool:
-    from megatron_dgpo.mcore.layers import have_transformer_engine
+    from megatron_dgpo.mcore.layers import why_no_transformer_engine
 
-    return have_transformer_engine()
+    return not why_no_transformer_engine()
 
 
 @pytest.mark.parametrize("module", ["train", "sft"])
@@ -555,7 +580,7 @@ def test_the_command_line_that_the_cases_change_is_right(module: str, place: Pla
     assert config.run.folder == place.folder / "run"
     # Nothing that a case turns off is wrong by itself.
     passed_through = ["--model.transformer.attention_dropout", "0", "--ddp.bucket_size", "1000"]
-    more = ["--resume", "--optimizer.megatron.loss_scale", "2", *passed_through, STAGE, "3"]
+    more = ["--resume", "--optimizer.megatron.exp_avg_dtype", "float32", *passed_through, STAGE, "3"]
     (place.folder / "run").mkdir()
     (place.folder / "run" / "metrics.jsonl").write_text("")
     assert parse(place.words(module, *more), type(config)).ddp == {"bucket_size": 1000}
