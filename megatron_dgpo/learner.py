@@ -30,6 +30,7 @@ from megatron_dgpo.mcore.policy import (
 )
 from megatron_dgpo.observe.meters import Sums
 from megatron_dgpo.ops import linear_token_stats
+from megatron_dgpo.ops.kept_rows import KeptRows
 from megatron_dgpo.types import PackedBatch, Sample, TokenStats
 
 
@@ -70,6 +71,8 @@ class Learner:
         self.algorithm = algorithm
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self._kept = KeptRows(policy.groups.tp, sequence_parallel=policy.config.sequence_parallel)
+        """The reference's hidden states, where updates need them."""
 
     # --- one rollout batch --------------------------------------------------------------------------
 
@@ -117,16 +120,14 @@ class Learner:
         distance.
         """
         batches = [b for m in minibatches for b in m.batches]
-        if self.algorithm.needs_reference:
-            with self.policy.reference_weights():
-                # The cache keeps the bits of the model's precision: at the reference the distance is 0.
-                hidden = self.policy.forward(
-                    batches, lambda hidden_TH, _, __: platform.to_host(hidden_TH), on_batch
-                )
-            for batch, hidden_TH in zip(batches, hidden, strict=False):  # none before the last stage
-                batch.features["reference_hidden"] = hidden_TH
+        self._kept.clear()
         sums = Sums()
-        self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums), on_batch)
+        if self.algorithm.needs_reference:
+            self.policy.forward_with_reference(
+                batches, lambda h, w, b, reference: self._rollout_features(h, w, b, sums, reference), on_batch
+            )
+        else:
+            self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums), on_batch)
         self.algorithm.settle(batches, self.policy.groups.dp)
         for minibatch in minibatches:
             sums.add("packing_imbalance", minibatch.imbalance)
@@ -134,11 +135,13 @@ class Learner:
             sums.merge(feature_quantiles(batches, self.policy.groups.dp))
         return sums
 
-    def _rollout_features(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums) -> None:
-        stats = self._stats(hidden, weight, batch, reference=self.algorithm.needs_reference)
+    def _rollout_features(
+        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums, reference: Tensor | None = None
+    ) -> None:
+        stats = self._stats(hidden, weight, batch, reference)
         batch.features.update(self.algorithm.rollout_features(stats, batch))
-        if not self.algorithm.update_needs_reference:
-            batch.features.pop("reference_hidden", None)
+        if reference is not None and self.algorithm.update_needs_reference:
+            batch.features["reference_hidden"] = self._kept.keep(reference)
         engine = batch.features["engine_log_probs"]
         gap_T = only((stats.log_probs - engine).abs().double(), batch.loss_mask_T)
         sums.add("log_prob_gap", gap_T.sum(), batch.loss_mask_T.sum())
@@ -167,19 +170,18 @@ class Learner:
     # --- one micro-batch ----------------------------------------------------------------------------
 
     def _loss(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
-        stats = self._stats(hidden, weight, batch, reference=self.algorithm.update_needs_reference)
-        loss, metrics = self.algorithm.loss(stats, batch)
+        reference = None
+        if self.algorithm.update_needs_reference:
+            # The bits of the model's precision: at the reference the distance is 0.
+            reference = self._kept.bring(batch.features["reference_hidden"], hidden, batch.num_tokens)
+        loss, metrics = self.algorithm.loss(self._stats(hidden, weight, batch, reference), batch)
         return loss, (loss.detach(), metrics)
 
-    def _stats(self, hidden: Tensor, weight: Tensor, batch: PackedBatch, *, reference: bool) -> TokenStats:
-        cached = batch.features["reference_hidden"] if reference else None
+    def _stats(
+        self, hidden: Tensor, weight: Tensor, batch: PackedBatch, reference: Tensor | None
+    ) -> TokenStats:
         return policy_stats(
-            self.policy,
-            hidden,
-            weight,
-            batch,
-            temperature=self.temperature,
-            reference_hidden=None if cached is None else cached.to(hidden.device, non_blocking=True),
+            self.policy, hidden, weight, batch, temperature=self.temperature, reference_hidden=reference
         )
 
 
@@ -214,7 +216,7 @@ def policy_stats(
         weight,
         batch.targets_T,
         reference_hidden=reference_hidden,
-        reference_weight=None if reference_hidden is None else policy.reference_head_weight,  # type: ignore[union-attr]
+        reference_weight=None if reference_hidden is None else policy.reference.head_weight,  # type: ignore[union-attr]
         tp_group=policy.groups.tp,
         vocab_size=policy.shape.vocab_size,
         temperature=temperature,

@@ -107,15 +107,6 @@ def number_of_gpus() -> int:
     return torch.cuda.device_count()
 
 
-def to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor in host memory: a pinned copy of one on a GPU, so that it can come back while the GPU
-    works; a tensor that is there already as it is."""
-    if not tensor.is_cuda:
-        return tensor
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    return copy.copy_(tensor)
-
-
 def device() -> torch.device:
     """The device of this rank: its local GPU, or the CPU."""
     if not has_gpu():

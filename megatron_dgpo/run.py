@@ -176,7 +176,7 @@ def build_policy(
         config.optimizer,
         total_updates=total_updates,
         ddp=config.ddp,
-        keep_reference=keep_reference,
+        reference=config.model.reference_placement if keep_reference else None,
     )
 
 

@@ -57,6 +57,10 @@ class ModelConfig(Section):
     a GPU. A run logs its choice and the reason."""
     transformer: dict[str, Any] = {}
     """Fields of Megatron's TransformerConfig by name, such as attention_backend = "flash"."""
+    reference_placement: Literal["auto", "device", "host"] = "auto"
+    """Where the reference's weights stay: beside the policy's, or in host memory, from where they take the
+    place of the policy's for a pass. "auto": beside it on a CPU, and on a GPU of whose memory they take a
+    sixteenth at most."""
 
 
 class ParallelConfig(Section):

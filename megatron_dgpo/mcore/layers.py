@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,31 +37,72 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+_PADDING_SHARE = 0.1
+"""Of the scores of a group of sequences, at most this part may belong to padding, or ..."""
+_PADDING_SCORES = 4096
+"""... so many: below, another call of the attention costs more than the padding does."""
+
+
+def similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Groups of sequences (their numbers) that are padded to the longest of the group, longest first.
+
+    The scores of padding, the sum of L^2 - l^2 over a group, stay below the larger of the two limits above.
+    """
+    groups: list[list[int]] = []
+    longest = spent = real = 0
+    for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
+        own = lengths[n] ** 2
+        more = longest**2 - own
+        if not groups or spent + more > max(_PADDING_SCORES, _PADDING_SHARE * (real + own)):
+            groups.append([])
+            longest, spent, real, more = lengths[n], 0, 0, 0
+        groups[-1].append(n)
+        spent, real = spent + more, real + own
+    return groups
+
 
 @dataclass
 class PackedLayout(PackedSeqParams):
-    """Megatron's description of a packed micro-batch, plus where each token sits in an (S, L) grid."""
+    """Megatron's description of a packed micro-batch, plus where each token sits in padded grids: sequences
+    of similar length share one, of S rows and L columns, and the grids stand end to end."""
 
-    grid_index_T: Tensor = field(default=None)  # type: ignore[assignment]
-    """int64; row * L + column of each packed token."""
-    grid_shape: tuple[int, int] = (0, 0)
+    place_T: Tensor | None = None
+    """int64; each packed token's place, counted through all grids; None where none is padded or moved."""
+    grids: list[tuple[int, int]] = field(default_factory=list)
+    """(S, L) of each grid."""
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, positions_T: Tensor) -> PackedLayout:
-        lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-        longest = int(lengths.max())
-        rows = torch.repeat_interleave(
-            torch.arange(lengths.shape[0], device=lengths.device), lengths, output_size=positions_T.shape[0]
-        )
+        ends = cu_seqlens.tolist()
+        lengths = [end - start for start, end in pairwise(ends)]
+        starts, grids, places = [0] * len(lengths), [], 0
+        for group in similar(lengths):
+            longest = lengths[group[0]]
+            for n in group:
+                starts[n] = places
+                places += longest
+            grids.append((len(group), longest))
+        place_T = None
+        if places != ends[-1] or starts != ends[:-1]:
+            shift = torch.tensor(starts, device=positions_T.device)
+            repeats = cu_seqlens[1:] - cu_seqlens[:-1]
+            shift = torch.repeat_interleave(shift, repeats, output_size=positions_T.shape[0])
+            place_T = shift + positions_T
+        longest = max(lengths)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
-            grid_index_T=rows * longest + positions_T,
-            grid_shape=(int(lengths.shape[0]), longest),
+            place_T=place_T,
+            grids=grids,
         )
+
+    @property
+    def places(self) -> int:
+        """Of all grids."""
+        return sum(rows * columns for rows, columns in self.grids)
 
 
 class RMSNorm(torch.nn.Module):
@@ -79,10 +123,11 @@ class RMSNorm(torch.nn.Module):
 
 
 class PackedSDPA(torch.nn.Module):
-    """Causal attention within each packed sequence by torch's scaled_dot_product_attention.
+    """Causal attention within each packed sequence, by torch.
 
-    The packed tokens are laid on an (S, L) grid, right-padded, for this call only. Padding comes
-    after every real token, so the causal mask alone keeps it from being seen.
+    On a GPU in half precision by its kernel for packed sequences. Else by scaled_dot_product_attention, with
+    the packed tokens laid on right-padded grids of sequences of similar length for this call only. Padding
+    comes after every real token, so the causal mask alone keeps it from being seen.
     """
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
@@ -93,20 +138,73 @@ class PackedSDPA(torch.nn.Module):
 
     def forward(self, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor, layout: PackedLayout) -> Tensor:
         """(T, N, D), (T, G, D), (T, G, D) -> (T, N * D)."""
+        if q_TND.is_cuda and q_TND.dtype != torch.float32 and (attend := packed_kernel()) is not None:
+            out_TND = attend(q_TND, k_TGD, v_TGD, layout, self.scale)
+            return out_TND.flatten(1)
         heads, groups = q_TND.shape[1], k_TGD.shape[1]
-        sequences, longest = layout.grid_shape
         qkv = torch.cat((q_TND, k_TGD, v_TGD), dim=1)
-        grid = qkv.new_zeros((sequences * longest, *qkv.shape[1:]))
-        grid = grid.index_copy(0, layout.grid_index_T, qkv)
-        grid = grid.view(sequences, longest, *qkv.shape[1:]).transpose(1, 2)
-        q, k, v = grid.split((heads, groups, groups), dim=1)
+        if layout.place_T is not None:
+            room = qkv.new_zeros((layout.places, *qkv.shape[1:]))
+            qkv = room.index_copy(0, layout.place_T, qkv)
+        parts = qkv.split([rows * columns for rows, columns in layout.grids])
+        outs = [
+            self._attend(part.view(*grid, *part.shape[1:]), heads, groups)
+            for part, grid in zip(parts, layout.grids, strict=True)
+        ]
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out if layout.place_T is None else out.index_select(0, layout.place_T)
+
+    def _attend(self, grid: Tensor, heads: int, groups: int) -> Tensor:
+        """(S, L, N + 2 G, D) -> (S * L, N * D)."""
+        q, k, v = grid.transpose(1, 2).split((heads, groups, groups), dim=1)
         if q.is_cuda and q.dtype == torch.float32 and heads != groups:
             # torch's float32 kernel for GPUs takes no groups; without it the L x L scores would exist.
             k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=self.scale, enable_gqa=k.shape[1] != heads
         )
-        return out.transpose(1, 2).reshape(sequences * longest, -1).index_select(0, layout.grid_index_T)
+        return out.transpose(1, 2).reshape(grid.shape[0] * grid.shape[1], -1)
+
+
+PackedKernel = Callable[[Tensor, Tensor, Tensor, PackedLayout, float | None], Tensor]
+
+
+@cache
+def packed_kernel() -> PackedKernel | None:
+    """torch's attention for packed sequences on a GPU (flash attention, half precision), where this torch has
+    one that knows a causal mask and groups of heads: (T, N, D), (T, G, D), (T, G, D) -> (T, N, D)."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        log.info("torch %s has no attention for packed sequences: they are padded", torch.__version__)
+        return None
+    known = inspect.signature(varlen_attn).parameters
+    if "window_size" in known:
+        causal: dict[str, Any] = {"window_size": (-1, 0)}  # all before, none after
+    elif "is_causal" in known:
+        causal = {"is_causal": True}
+    else:
+        log.info("torch's attention for packed sequences has another signature: they are padded")
+        return None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, scale: float | None) -> Tensor:
+        more = dict(causal)
+        if scale is not None:
+            if "scale" in known:
+                more["scale"] = scale
+            else:  # it divides by the root of D
+                q = q * (scale * q.shape[-1] ** 0.5)
+        if k.shape[1] != q.shape[1]:
+            if "enable_gqa" in known:
+                more["enable_gqa"] = True
+            else:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        ends, longest = layout.cu_seqlens_q, layout.max_seqlen_q
+        out = varlen_attn(q, k, v, ends, ends, longest, longest, **more)
+        assert isinstance(out, Tensor), "no log-sum-exp was asked for"
+        return out
+
+    return attend
 
 
 def rotate(x_TND: Tensor, rope: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,6 +25,7 @@ from torch import Tensor
 from megatron_dgpo import platform
 from megatron_dgpo.mcore.fields import DDP, OPTIMIZER
 from megatron_dgpo.mcore.model import PolicyModel
+from megatron_dgpo.mcore.reference import Reference, Turns, WithReferenceFn
 from megatron_dgpo.types import PackedBatch
 
 Result = TypeVar("Result")
@@ -106,7 +106,7 @@ class Policy:
         model: this rank's part, with its weights loaded.
         optimizer: config.OptimizerConfig; `total_updates` is the length of its schedule.
         ddp: fields of Megatron's DistributedDataParallelConfig by name.
-        keep_reference: keep a copy of the present weights in host memory as the reference.
+        reference: keep a copy of the present weights as the reference, and where (see `Reference`).
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class Policy:
         *,
         total_updates: int,
         ddp: Mapping[str, Any] | None = None,
-        keep_reference: bool = False,
+        reference: str | None = None,
     ) -> None:
         self.model = model
         self.groups = groups
         self.shape = model.shape
         self.config = model.config
-        self._reference = self._copy_to_host() if keep_reference else None
+        self._reference = None if reference is None else Reference(model, groups, reference)
         with platform.megatron_calls():
             self.ddp = self._wrap(ddp or {})
             self.optimizer = self._build_optimizer(optimizer)
@@ -146,15 +146,19 @@ class Policy:
     # --- passes -----------------------------------------------------------------------------------
 
     def forward(
-        self, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result], on_batch: OnBatch = ignore
+        self,
+        batches: Sequence[PackedBatch],
+        fn: MicrobatchFn[Result],
+        on_batch: OnBatch = ignore,
+        before: Callable[[], None] = ignore,
     ) -> list[Result]:
-        """Run the model over micro-batches without gradients.
+        """Run the model over micro-batches without gradients; `before` is called before each on this stage.
 
         Returns fn's result for each micro-batch on the last stage, an empty list on the others.
         """
         self.ddp.eval()
         with torch.no_grad():
-            results = self._schedule(batches, fn, on_batch, forward_only=True)
+            results = self._schedule(batches, fn, on_batch, before, forward_only=True)
         self.ddp.train()
         return results
 
@@ -170,7 +174,7 @@ class Policy:
         """
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._schedule(batches, loss_fn, on_batch, forward_only=False)
+        metrics = self._schedule(batches, loss_fn, on_batch, ignore, forward_only=False)
         with platform.megatron_calls():
             ok, grad_norm, _ = self.optimizer.step()
         learning_rate = max(g["lr"] for g in self.optimizer.param_groups)
@@ -181,46 +185,59 @@ class Policy:
         return UpdateResult(metrics, float(grad_norm), float(learning_rate))
 
     def _schedule(
-        self, batches: Sequence[PackedBatch], fn: Callable, on_batch: OnBatch, *, forward_only: bool
+        self,
+        batches: Sequence[PackedBatch],
+        fn: Callable,
+        on_batch: OnBatch,
+        before: Callable[[], None],
+        *,
+        forward_only: bool,
     ) -> list[Any]:
         if not batches:
             raise ValueError("a pass needs at least one micro-batch on every rank (see data.empty_batch)")
         if self.config.sequence_parallel:
             batches = [pad_for_sequence_parallel(b, self.groups.tp.size()) for b in batches]
-        return _schedule(self.ddp, self.model, batches, fn, on_batch, forward_only=forward_only)
+        return _schedule(self.ddp, self.model, batches, fn, on_batch, before, forward_only=forward_only)
 
     # --- reference --------------------------------------------------------------------------------
 
-    def _copy_to_host(self) -> dict[str, Tensor]:
-        parameters = ((n, p.detach()) for n, p in self.model.named_parameters())
-        return {n: platform.to_host(p) if p.is_cuda else p.clone() for n, p in parameters}
-
-    @contextmanager
-    def reference_weights(self) -> Iterator[None]:
-        """Swap the reference's weights into the policy's own buffers for a forward pass."""
-        if self._reference is None:
-            raise RuntimeError("this policy was built without a reference")
-        current = self._copy_to_host()
-        self._load_from_host(self._reference)
-        try:
-            yield
-        finally:
-            self._load_from_host(current)
-
-    @torch.no_grad()
-    def _load_from_host(self, source: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(source[name], non_blocking=True)
-
     @property
-    def reference_head_weight(self) -> Tensor:
-        """The reference's LM-head shard, (K, H), on the last stage."""
+    def reference(self) -> Reference:
+        """Raises RuntimeError where the policy was built without one."""
         if self._reference is None:
             raise RuntimeError("this policy was built without a reference")
-        name = "output_layer.weight"
-        if self.shape.tied and self.model.pre_process:
-            name = "embedding.word_embeddings.weight"
-        return self._reference[name].to(self.groups.device, non_blocking=True)
+        return self._reference
+
+    def forward_with_reference(
+        self, batches: Sequence[PackedBatch], fn: WithReferenceFn[Result], on_batch: OnBatch = ignore
+    ) -> list[Result]:
+        """Run the reference and the policy over micro-batches without gradients; `forward` otherwise.
+
+        Hidden states of the reference live until `fn` has had them: of one micro-batch at a time, or where
+        its weights are in host memory, of as many as fit into a fixed memory on the device.
+        """
+        if self.reference.on_device:
+            with Turns(self.reference, fn) as turns:
+                return turns.policys(
+                    self.forward(
+                        [b for batch in batches for b in (batch, batch)], turns.take, on_batch, turns.next
+                    )
+                )
+        results: list[Result] = []
+        row_bytes = self.shape.hidden_size * self.config.params_dtype.itemsize
+        if self.config.sequence_parallel:
+            row_bytes //= self.groups.tp.size()
+        for window in self.reference.windows(batches, row_bytes):
+            with self.reference.lent():
+                kept = iter(self.forward(window, lambda hidden_TH, _, __: hidden_TH, on_batch))
+            results += self.forward(window, partial(_with_next, fn, kept), on_batch)
+        return results
+
+
+def _with_next(
+    fn: WithReferenceFn[Result], kept: Iterator[Tensor], hidden: Tensor, weight: Tensor, batch: PackedBatch
+) -> Result:
+    return fn(hidden, weight, batch, next(kept))
 
 
 class Frozen:
@@ -240,7 +257,7 @@ class Frozen:
 @torch.no_grad()
 def forward(model: PolicyModel, batches: Sequence[PackedBatch], fn: MicrobatchFn[Result]) -> list[Result]:
     """`Policy.forward` of a model that is not trained: without buffers for gradients or an optimizer."""
-    return _schedule(model, model, batches, fn, ignore, forward_only=True)
+    return _schedule(model, model, batches, fn, ignore, ignore, forward_only=True)
 
 
 def _schedule(
@@ -249,6 +266,7 @@ def _schedule(
     batches: Sequence[PackedBatch],
     fn: Callable,
     on_batch: OnBatch,
+    before: Callable[[], None],
     *,
     forward_only: bool,
 ) -> list[Any]:
@@ -264,6 +282,7 @@ def _schedule(
 
     def forward_step(batches_left: Iterator[PackedBatch], model: Any) -> tuple[Tensor, Callable]:
         batch = next(batches_left)
+        before()
         hidden = model(batch)
         on_batch()
         return hidden, partial(on_last_stage, batch)

@@ -93,7 +93,7 @@ def save_and_restore(folder, saved):
         out = {"first": first, "went on": continued(policy)}
         resumed = make(groups)
         restore(resumed, store.latest())
-        with resumed.reference_weights():
+        with resumed.reference.lent():
             now = exported(resumed)
         out["reference kept"] = all(torch.equal(now[n], start[n]) for n in start)
         out["restored"] = continued(resumed)

@@ -26,6 +26,9 @@ TOKENS = (PROMPT + RESPONSE - 1) * SEQUENCES
 ACTIVATIONS = 4 * TOKENS * 1024
 """Bytes of the rest of a model of one layer and hidden size 16: some 60 numbers of hidden size a token."""
 
+WIDE = 256
+"""Hidden size whose hidden states are much more than the features of a token."""
+
 
 def samples(vocab):
     g = random.Random(1)
@@ -64,8 +67,27 @@ def step(folder, vocab, tied):
         return {"prepare": prepare, "update": update}
 
 
+def rollouts(folder):
+    """Memory of preparing one, and four times as many micro-batches with credit at rollout."""
+    from megatron_dgpo.algorithms import build_algorithm
+    from megatron_dgpo.learner import Learner
+    from megatron_dgpo.run import build_policy
+
+    sizes = {"vocab_size": 64, "hidden_size": WIDE, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "intermediate_size": 16, "max_position_embeddings": 256}
+    c = config(write_model(folder / "wide", tied=True, **sizes), algorithm=DGPOConfig())
+    with split(c) as groups:
+        algorithm = build_algorithm(c.algorithm, vocab_size=64)
+        policy = build_policy(c, groups, total_updates=1, keep_reference=True)
+        learner = Learner(policy, algorithm, temperature=1.0, max_tokens=TOKENS)
+        everything = samples(64)
+        algorithm.assign_advantages(everything)
+        minibatches = {n: learner.pack([algorithm.select(everything)] * n) for n in (1, 4)}
+        return {n: measured(lambda m=m: learner.prepare(m))[1] for n, m in minibatches.items()}
+
+
 def work(rank, world_size, folder):
-    return {case: step(folder, *case) for case in CASES}
+    return {case: step(folder, *case) for case in CASES} | {"rollouts": rollouts(folder)}
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +107,11 @@ def test_peak_is_one_chunks_whatever_the_vocabulary(memory, case, part):
     assert found.kept <= ACTIVATIONS
     # Four times the columns, and no more but a few numbers a token.
     assert found.peak <= memory[CASES[0]][part].peak + 4 * TOKENS * 64
+
+
+def test_preparing_takes_as_much_whatever_the_number_of_micro_batches(memory):
+    one, four = memory["rollouts"][1], memory["rollouts"][4]
+    hidden = 4 * TOKENS * WIDE
+    assert one.peak > 2 * hidden  # it has the policy's and the reference's
+    # What is kept of each of the other three are numbers a token, in float32, and not their hidden states.
+    assert four.peak <= one.peak + 3 * TOKENS * 4 * 16 < one.peak + 3 * hidden / 8

@@ -135,12 +135,13 @@ def config(
     optimizer: OptimizerConfig | None = None,
     algorithm: Any = None,
     temperature: float = 1.0,
+    reference: str = "auto",
 ) -> Config:
     """A run on a tiny model; what it does not name is the default."""
     more = {} if algorithm is None else {"algorithm": algorithm}
     return Config(
         run=RunConfig(folder=model / "run"),
-        model=ModelConfig(path=model, params_dtype=dtype),  # type: ignore[arg-type]
+        model=ModelConfig(path=model, params_dtype=dtype, reference_placement=reference),  # type: ignore[arg-type]
         parallel=ParallelConfig(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,

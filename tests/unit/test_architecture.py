@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import, beside `LEAVES`."""
-LEAVES = {"jsontext", "progress"}
+LEAVES = {"jsontext", "progress", "hostmemory"}
 """Import nothing of the package, and may be imported by all."""
 PURE = {"types", "config", "jsontext", "checks", "plan", "cli", "weights.names"}
 PURE |= {"mcore.fields", "mcore.field_types", "mcore.hf_config", "mcore.hf_fields"}

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -60,6 +62,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=64 if on_gpu else 8)
     parser.add_argument("--prompt-tokens", type=int, default=128 if on_gpu else 16)
     parser.add_argument("--response-tokens", type=int, default=1024 if on_gpu else 112)
+    parser.add_argument(
+        "--spread",
+        type=float,
+        default=0.0,
+        help="of the responses' lengths around --response-tokens: sigma of a log-normal (0: all equal)",
+    )
     parser.add_argument("--max-tokens", type=int, default=16384 if on_gpu else 1024, help="of a micro-batch")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
@@ -76,7 +84,7 @@ def write_model(folder: Path, args: argparse.Namespace) -> None:
         num_hidden_layers=args.layers,
         num_attention_heads=args.hidden // 64,
         num_key_value_heads=2,
-        max_position_embeddings=args.prompt_tokens + args.response_tokens,
+        max_position_embeddings=args.prompt_tokens + longest(args),
         tie_word_embeddings=True,
         architectures=["Qwen2ForCausalLM"],
     ).save_pretrained(folder)
@@ -102,9 +110,16 @@ def make_config(folder: Path, args: argparse.Namespace) -> Config:
     return validate(raw, Config)
 
 
+def longest(args: argparse.Namespace) -> int:
+    """Of the responses: two standard deviations above the median."""
+    return round(args.response_tokens * math.exp(2 * args.spread))
+
+
 def make_samples(args: argparse.Namespace, replica: int) -> list[Sample]:
     """Scored responses of random tokens; each replica has its own."""
     g = torch.Generator().manual_seed(replica)
+    spread = (args.spread * torch.randn(args.sequences, generator=g)).exp()
+    lengths = (args.response_tokens * spread).round().long().clamp(1, longest(args)).tolist()
 
     def ids(count: int) -> list[int]:
         return torch.randint(0, args.vocab, (count,), generator=g).tolist()
@@ -112,7 +127,7 @@ def make_samples(args: argparse.Namespace, replica: int) -> list[Sample]:
     samples = []
     for i in range(args.sequences):
         prompt = Prompt(str(i), tuple(ids(args.prompt_tokens)), "", "")
-        response = ids(args.response_tokens)
+        response = ids(lengths[i])
         sample = Sample(prompt, 0, response, [-10.0] * len(response), "stop", (), reward=float(i % 2))
         sample.advantage = 1.0 if i % 2 else -1.0
         samples.append(sample)
@@ -179,10 +194,18 @@ def summary(times: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, Any
     return rows
 
 
+def peak_bytes() -> int:
+    """Of the process; of the GPU where there is one."""
+    if platform.has_gpu():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def report(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
     machine = describe_machine()
     shape = {k: v for k, v in vars(args).items() if k != "json"} | {"world_size": dist.get_world_size()}
     print(json.dumps(machine), json.dumps(shape), sep="\n")
+    print(f"peak memory of rank 0: {peak_bytes() / 1e9:.2f} GB")
     print(f"{'':26s}{'prepare s':>11s}{'update s':>11s}{'total s':>11s}   over {BASE} (quartiles)")
     for name, row in rows.items():
         low, high = row["quartiles"]
