@@ -56,8 +56,8 @@ def sync_while_drawing(
 
 
 def _drawn(trainer: Trainer) -> tuple[list[Sample], int]:
-    """Samples in the middle of which version 2 is pushed: when the first thirty are there; and how many waited
-    at the server just before."""
+    """Samples in the middle of which version 2 is pushed, when the first thirty are there; and how many
+    waited at the server just before."""
     prompts = [
         Prompt(f"p{trainer.groups.rank}.{i}", tuple((i * k) % VOCAB for k in range(1, 4)), "", "")
         for i in range(8)
