@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from patience import patience
+from patience import patience, until
 from tiny import config, split
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from megatron_dgpo.rollout.race import Race
 from megatron_dgpo.rollout.sglang.client import SGLangClient
 from megatron_dgpo.rollout.sglang.engine import SGLangEngine, WeightUpdateFailed
 from megatron_dgpo.rollout.sglang.fleet import Fleet, FleetLost
-from megatron_dgpo.rollout.sglang.servers import ServerProcess
+from megatron_dgpo.rollout.sglang.servers import ServerFailed, ServerProcess, check_server
 from megatron_dgpo.rollout.sglang.transport import Broadcast, SharedMemory
 from megatron_dgpo.run import build_policy
 from megatron_dgpo.types import Prompt
@@ -284,7 +284,8 @@ def managed_server_killed_twice(rank: int, world: int, folder: Path, python: Pat
 
 
 def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str, ...]) -> dict[str, Any]:
-    """Of two servers one stops answering in the middle of a sync; then the other is killed."""
+    """Of two servers one stops answering in the middle of a sync, and answers again later; then both are
+    killed."""
     c = config(folder)
     seen: dict[str, Any] = {}
     with split(c) as groups:
@@ -315,11 +316,20 @@ def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str,
         ids = probe_ids(trainer.shape.vocab_size, trainer.shape.max_positions)
         seen["left"] = list(trainer.fleet.ranks)
         seen["difference"] = _differences(trainer, ids, tensors(folder, 5))
+        for each in stopped:
+            os.kill(each, signal.SIGCONT)
+        # Whatever it still does of the sync that it missed, it has done when it says what it serves.
+        until(lambda: _serves(urls[0], folder), "a server that goes on")
+        trainer.engine._timeout = patience()
+        trainer.change_weights(6)
+        trainer.sync.push(3)
+        seen["back"] = sorted(trainer.engine.client.live)
+        seen["difference"] += _differences(trainer, ids, tensors(folder, 6))
         kill(urls[0])
         kill(urls[1])
         for name, call in (
             ("generate", lambda: trainer.engine.generate([Prompt("p", (1,), "", "")], SamplingParams(8))),
-            ("push", lambda: trainer.sync.push(3)),
+            ("push", lambda: trainer.sync.push(4)),
         ):
             try:
                 call()
@@ -327,6 +337,13 @@ def given_servers_that_die(rank: int, world: int, folder: Path, urls: tuple[str,
                 seen[name] = f"{type(error).__name__}: {error}"
         trainer.engine.close()
     return seen
+
+
+def _serves(url: str, folder: Path) -> bool:
+    try:
+        return bool(check_server(url, folder, timeout=5.0))
+    except ServerFailed:
+        return False
 
 
 def waits_in_a_broadcast(folder: Path, python: Path, note: Path) -> None:

@@ -65,13 +65,14 @@ def test_another_model_is_refused(
     assert error.startswith("SyncMismatch") and url in error and "sync.max_log_prob_gap" in error, error
 
 
-def test_given_servers_that_die_are_dropped(
+def test_given_servers_that_die_are_dropped_until_they_answer_again(
     folders: dict[str, Path], servers: dict[str, ServerProcess]
 ) -> None:
     """The last test of this module that uses these servers: it ends them."""
     urls = (servers["qwen2"].url, servers["ends"].url)
     (seen,) = run_ranks(sync_ranks.given_servers_that_die, 1, folders["qwen2"], urls)
     assert seen["left"] == [urls[1]]
+    assert seen["back"] == sorted(urls)
     assert max(seen["difference"]) <= BOUND
     assert seen["seconds"] < patience(300)
     assert seen["generate"].startswith("EnginesLost") and urls[1] in seen["generate"]
