@@ -266,8 +266,10 @@ class SGLangClient:
             if self._router:
                 failures = await self._failed_through_router(rid, failure, failures)
             elif isinstance(failure, ServerTimeout):
-                late += not (self._held or self._released > sent)  # a sync takes its time from all samples
-                self._late(url, rid, sent, late, failure)
+                self._http.submit(self.abort([rid]))
+                if not self._held and self._released < sent:  # a sync would have taken its time
+                    late += 1
+                    self._late(url, sent, late, failure)
                 url, avoided = "", url
                 continue
             elif failures > self._retries:
@@ -278,9 +280,8 @@ class SGLangClient:
             log.info("%s; again after a pause", failure)
             await _pause(failures)
 
-    def _late(self, url: str, rid: str, sent: float, count: int, error: ServerTimeout) -> None:
+    def _late(self, url: str, sent: float, count: int, error: ServerTimeout) -> None:
         """What a sample's lateness says of its server. Raises SampleLate where that is nothing, again."""
-        self._http.submit(self.abort([rid]))
         if self._health.hangs(url, sent, count):
             self.mark_dead(url, str(error))
         elif count > 1:
