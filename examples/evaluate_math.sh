@@ -4,7 +4,7 @@
 #   MODEL=runs/qwen2.5-math-7b/dgpo/hf   a Hugging Face folder
 #   HELDOUT="data/aime-2024.parquet data/aime-2025.parquet"   (by default the first) numbers for each and for all
 #   ENGINE=sglang TP=2                   a server on so many GPUs; or ENGINE=embedded, in this process
-#   MAX_NEW_TOKENS=3072
+#   MAX_NEW_TOKENS=3072                  (a minute and 0.1 s a token is what a sample may take: --min-tokens-per-second)
 #   OUT=runs/evaluation                  samples.jsonl (from which it goes on) and metrics.json
 #
 # More words go to the tool, such as: examples/evaluate_math.sh --k 8

@@ -498,6 +498,8 @@ def router_of(python: Path, workers: Sequence[str], log_file: Path, **options: A
         worker_startup_check_interval=1,
         disable_retries=True,
         disable_circuit_breaker=True,
+        health_check_endpoint="/model_info",
+        request_timeout_secs=3600,
     )
     with log_file.open("ab") as log:
         command = [python, "-c", START_ROUTER, json.dumps({**settings, **options})]
