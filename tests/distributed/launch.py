@@ -21,19 +21,26 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Launch:
-    """`torchrun --nproc-per-node n -m module words...`, its output in a file.
+    """`torchrun --nproc-per-node n --max-restarts m -m module words...`, its output in a file.
 
     `cold`: by torchrun's command line, each process of which imports everything anew, for ten seconds of a
     core. Without, torchrun's agent and its ranks are forks of a process that has done so.
     """
 
     def __init__(
-        self, module: str, nproc: int, words: Sequence[object], log: Path, *, cold: bool = False
+        self,
+        module: str,
+        nproc: int,
+        words: Sequence[object],
+        log: Path,
+        *,
+        cold: bool = False,
+        max_restarts: int = 0,
     ) -> None:
         self.log = log
         given = module, list(map(str, words))
         start = _command_line if cold or rank_context().get_start_method() == "spawn" else _Forked
-        self.process: Any = start(nproc, *given, log)
+        self.process: Any = start(nproc, max_restarts, *given, log)
 
     @property
     def output(self) -> str:
@@ -87,9 +94,11 @@ class Launch:
         psutil.wait_procs(family, timeout=patience())
 
 
-def _command_line(nproc: int, module: str, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _command_line(
+    nproc: int, max_restarts: int, module: str, words: list[str], log: Path
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc), "-m", module, *words]
+    command += ["--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "-m", module, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -100,9 +109,9 @@ def _command_line(nproc: int, module: str, words: list[str], log: Path) -> subpr
 class _Forked:
     """What the tests use of `subprocess.Popen`, of a fork of the server that forks ranks."""
 
-    def __init__(self, nproc: int, module: str, words: list[str], log: Path) -> None:
+    def __init__(self, nproc: int, max_restarts: int, module: str, words: list[str], log: Path) -> None:
         log.touch()
-        given = nproc, module, words, log, dict(os.environ)
+        given = nproc, max_restarts, module, words, log, dict(os.environ)
         self._process = rank_context().Process(target=_agent, args=given)
         self._process.start()
         self.pid: int = self._process.pid
@@ -118,7 +127,9 @@ class _Forked:
         return int(self._process.exitcode)
 
 
-def _agent(nproc: int, module: str, words: list[str], log: Path, environment: Mapping[str, str]) -> None:
+def _agent(
+    nproc: int, max_restarts: int, module: str, words: list[str], log: Path, environment: Mapping[str, str]
+) -> None:
     """What torchrun's command line does once it has read its words."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -135,7 +146,7 @@ def _agent(nproc: int, module: str, words: list[str], log: Path, environment: Ma
         run_id=f"{os.getpid()}",
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=max_restarts,
         start_method="fork",
     )
     elastic_launch(config, _rank)(module, words)

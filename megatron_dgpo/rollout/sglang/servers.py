@@ -15,7 +15,7 @@ from typing import Any
 
 import psutil
 
-from megatron_dgpo import jsontext, platform
+from megatron_dgpo import jsontext, platform, torchrun
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.progress import progress
 from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
@@ -65,6 +65,10 @@ _CPU_ENVIRONMENT = {
 }
 
 
+_OWNER = "MEGATRON_DGPO_SERVER_OWNER"
+"""Environment variable of every process of a server: its log file, and the process that started it."""
+
+
 class ServerFailed(RuntimeError):
     """A server did not come up, or is not what the run needs."""
 
@@ -109,6 +113,7 @@ class ServerProcess:
         self.log_file = log_file
         self._tries = 0
         self._started = time.monotonic()
+        end_left_over(log_file)
         self._start()
 
     @property
@@ -157,6 +162,7 @@ class ServerProcess:
     def _environment(self) -> dict[str, str]:
         env = _own_environment()
         env |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONUNBUFFERED="1")
+        env[_OWNER] = _owner(self.log_file, os.getpid())
         env["PYTHONSAFEPATH"] = "1"  # the launcher's neighbours are none of the server's modules
         # SGLang compiles kernels with tools of its own environment (ninja).
         own = str(self._launch.python.absolute().parent)
@@ -267,6 +273,37 @@ def stop_servers(servers: Collection[ServerProcess]) -> None:
         server.terminate()
     for server in servers:
         server.stop()
+
+
+def end_left_over(log_file: Path) -> None:
+    """End what is left of servers with this log file whose trainer has ended, such as one that torchrun has
+    started again since: they end by themselves, but not at once, and have ports and the GPUs' memory."""
+    left = {p for p in psutil.process_iter() if _is_left_over(p, log_file)}
+    if not left:
+        return
+    log.warning("ending SGLang processes %s of a trainer that is gone", sorted(p.pid for p in left))
+    for process in left:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(list(left), timeout=_END_SECONDS)
+
+
+def _is_left_over(process: psutil.Process, log_file: Path) -> bool:
+    try:
+        owner = process.environ().get(_OWNER, "")
+    except (psutil.Error, OSError):  # it has ended, or is somebody else's
+        return False
+    file, _, trainer = owner.rpartition(" ")
+    if file != str(log_file.absolute()):
+        return False
+    return owner != _owner(log_file, int(trainer.partition("-")[0]))
+
+
+def _owner(log_file: Path, trainer: int) -> str:
+    """The number of a process may be another's by now, and the time of its start tells."""
+    return f"{log_file.absolute()} {trainer}-{torchrun.start_time(trainer)}"
 
 
 def _own_environment() -> dict[str, str]:
