@@ -300,10 +300,10 @@ def _lost_ranks(error: BaseException) -> bool:
 
 
 def _require_gpus_for_servers(config: AnyConfig, ranks: int) -> None:
-    """Raises ConfigError where rank 0's machine lacks GPUs for the servers that the run starts there."""
+    """Raises ConfigError where this machine lacks GPUs for the servers that the run starts on it."""
     from megatron_dgpo import platform
 
-    if not isinstance(config, Config) or not platform.has_gpu() or os.environ.get("GROUP_RANK", "0") != "0":
+    if not isinstance(config, Config) or not platform.has_gpu():
         return
     needed, there = gpus_of_servers(config, ranks), platform.number_of_gpus()
     if needed > there:

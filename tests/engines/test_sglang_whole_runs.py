@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,14 @@ def model(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def start(module: str, model: Path, folder: Path, *words: object, max_restarts: int = 0) -> Launch:
+def start(
+    module: str, model: Path, folder: Path, *words: object, nproc: int = 2, log: str = "log", **how: Any
+) -> Launch:
     config = folder / "run.toml"
     config.write_text(
         CONFIG.format(model=model, folder=folder / "run", patience=patience(1800), limit=patience())
     )
-    return Launch(module, 2, (config, *words), folder / "log", max_restarts=max_restarts)
+    return Launch(module, nproc, (config, *words), folder / log, **how)
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -135,3 +139,44 @@ def test_a_server_whose_trainer_dies_in_a_sync_serves_the_next_start(
     assert [row["step"] for row in steps(tmp_path)] == [1, 2, 3]
     (seen,) = run_ranks(trouble_ranks.to_one_server, 1, model, url)
     assert not seen["error"] and seen["difference"] <= 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="several addresses of one machine stand for machines")
+def test_each_machine_has_servers_and_all_of_it_starts_again(
+    model: Path, sglang_python: Path, tmp_path: Path
+) -> None:
+    """Two torchruns, each with a rank and a server at an address of its own. A server that is killed is
+    started again by its machine's rank; a rank that is killed costs both machines a start and new servers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ("--train.steps", 5, "--checkpoint.every", 1, "--rollout.sglang.launch.python", sglang_python)
+    how: dict[str, Any] = dict(nproc=1, machines=2, meeting=meeting, max_restarts=1)
+    launches = [
+        start(
+            "megatron_dgpo.train", model, tmp_path, *words, "--resume", "--rollout.sglang.address", address,
+            log=f"log_{address}", **how,
+        )
+        for address in ("127.0.0.2", "127.0.0.3")
+    ]  # fmt: skip
+    first, second = launches
+    try:
+        second.wait_until(lambda: len(steps(tmp_path)) >= 1)
+        before = [server_of(launch).pid for launch in launches]
+        os.killpg(before[1], signal.SIGKILL)
+        second.wait_until(lambda: len(steps(tmp_path)) >= 3)
+        between = [server_of(launch).pid for launch in launches]
+        assert between[0] == before[0] and between[1] != before[1]
+        second.workers()[0].kill()
+        for launch in launches:
+            launch.succeed()
+    finally:
+        for launch in launches:
+            launch.kill()
+    again = [re.findall(r"starting SGLang server (\S+):\d+ again", launch.output) for launch in launches]
+    assert again == [[], ["http://127.0.0.3"]]
+    assert f"resumed from {tmp_path}" in first.output + second.output
+    rows = steps(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["sync_log_prob_gap"] < 1e-4 for row in rows)
+    assert not _servers_of(tmp_path)

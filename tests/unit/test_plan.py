@@ -67,7 +67,7 @@ def test_plan_of_the_7b_recipe() -> None:
     assert "512 prompts x 16 = 8,192 samples; 8,192 a replica, 2,048 a rank" in text
     assert "64 prompts = 1,024 samples, 1,024 a replica; 8 updates a step, 1,600 in 200 steps" in text
     assert "at most 4,090 a sample, 33,505,280 a step, 33,505,280 a replica" in text
-    assert "2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7" in text
+    assert "2 SGLang servers of 2 GPUs, started on this machine on GPUs 4, 5, 6, 7" in text
     # 7.6156e9 / 4 parameters: 2, 4 and 12 bytes of each.
     assert "about 3.55 GiB of weights, 7.09 of gradients and 21.3 of Adam's state: 31.9 GiB" in text
 
@@ -78,8 +78,9 @@ def test_servers_have_the_gpus_after_the_trainers() -> None:
         changed = recipe("quickstart", rollout={"engine": "sglang", "sglang": {"launch": launch, **sglang}})
         return next(x for x in plan(changed, 8, None, local=local) if x.startswith("engine: "))
 
-    assert engine(4).endswith("2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7")
-    assert engine(8).endswith("on GPUs 8, 9, 10, 11")
+    servers = "2 SGLang servers of 2 GPUs, started on"
+    assert engine(4).endswith(f"{servers} each of 2 machines on GPUs 4, 5, 6, 7")
+    assert engine(8).endswith(f"{servers} this machine on GPUs 8, 9, 10, 11")
     assert engine(4, colocate=True).endswith("on GPUs 0, 1, 2, 3, which the trainer uses too")
 
 

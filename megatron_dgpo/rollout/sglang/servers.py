@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -22,7 +23,6 @@ from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
 
 log = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"
 _POLL_SECONDS = 0.25
 _END_SECONDS = 10.0
 _TAIL_LINES = 15
@@ -81,10 +81,11 @@ class ServerProcess:
 
     Args:
         model_path: Hugging Face folder; only its config is read.
-        number: of the server in the run, from 0; chooses its devices.
+        number: of the server on this machine, from 0; chooses its devices.
         dtype: of weights and activations.
         log_file: the server's output is appended to it.
         colocate: on the trainer's GPUs, with memory that can be given up.
+        host: the address that it listens on.
 
     Raises:
         ServerFailed: where the interpreter is missing, or the port that is asked for is taken.
@@ -99,6 +100,7 @@ class ServerProcess:
         dtype: str,
         log_file: Path,
         colocate: bool = False,
+        host: str = "127.0.0.1",
     ) -> None:
         if not launch.python.is_file():
             raise ServerFailed(
@@ -110,6 +112,7 @@ class ServerProcess:
         self._number = number
         self._dtype = dtype
         self._colocate = colocate
+        self._host = host
         self.log_file = log_file
         self._tries = 0
         self._started = time.monotonic()
@@ -118,7 +121,7 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        return f"http://{_HOST}:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -126,7 +129,7 @@ class ServerProcess:
 
     def _start(self) -> None:
         self._tries += 1
-        self._reserved = _reserve(int(self._launch.args.get("port", 0)))
+        self._reserved = _reserve(self._host, int(self._launch.args.get("port", 0)))
         self._port = int(self._reserved.getsockname()[1])
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self._launch.python.absolute()), str(Path(__file__).with_name("launcher.py"))]
@@ -149,7 +152,7 @@ class ServerProcess:
         first = self._number * self._launch.tensor_parallel_size
         own: dict[str, Any] = dict(
             model_path=self._model_path,
-            host=_HOST,
+            host=self._host,
             tp_size=self._launch.tensor_parallel_size,
             dtype=self._dtype,
             load_format="dummy",  # the first sync brings the weights
@@ -356,7 +359,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _reserve(wanted: int) -> socket.socket:
+def _reserve(host: str, wanted: int) -> socket.socket:
     """A socket that holds that port, or with 0 one that is free, for the server until it listens.
 
     Loading takes a minute in which any connection could get the port as its own end. While this socket is
@@ -366,11 +369,13 @@ def _reserve(wanted: int) -> socket.socket:
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        holder.bind((_HOST, wanted))
+        holder.bind((host, wanted))
     except OSError as error:
         holder.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ServerFailed(f"rollout.sglang.address: {host} is no address of this machine") from error
         raise ServerFailed(
-            f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
+            f"rollout.sglang.launch.args.port: {host}:{wanted} is in use; choose another, or none"
         ) from error
     return holder
 
