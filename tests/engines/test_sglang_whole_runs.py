@@ -150,7 +150,8 @@ def test_each_machine_has_servers_and_all_of_it_starts_again(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = f"127.0.0.1:{free.getsockname()[1]}"
-    words = ("--train.steps", 5, "--checkpoint.every", 1, "--rollout.sglang.launch.python", sglang_python)
+    words = ("--train.steps", 4, "--checkpoint.every", 1, "--rollout.sglang.launch.python", sglang_python)
+    words += ("--rollout.sglang.retries", 0)
     how: dict[str, Any] = dict(nproc=1, machines=2, meeting=meeting, max_restarts=1)
     launches = [
         start(
@@ -164,7 +165,7 @@ def test_each_machine_has_servers_and_all_of_it_starts_again(
         second.wait_until(lambda: len(steps(tmp_path)) >= 1)
         before = [server_of(launch).pid for launch in launches]
         os.killpg(before[1], signal.SIGKILL)
-        second.wait_until(lambda: len(steps(tmp_path)) >= 3)
+        second.wait_until(lambda: len(steps(tmp_path)) >= 2)
         between = [server_of(launch).pid for launch in launches]
         assert between[0] == before[0] and between[1] != before[1]
         second.workers()[0].kill()
@@ -177,6 +178,6 @@ def test_each_machine_has_servers_and_all_of_it_starts_again(
     assert again == [[], ["http://127.0.0.3"]]
     assert f"resumed from {tmp_path}" in first.output + second.output
     rows = steps(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert all(row["sync_log_prob_gap"] < 1e-4 for row in rows)
     assert not _servers_of(tmp_path)

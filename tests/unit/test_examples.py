@@ -240,7 +240,7 @@ def test_machines_of_a_slurm_job_that_do_not_divide_are_refused_at_once(
 
 
 def test_one_torchrun_a_machine_is_the_32b_run(tmp_path: Path) -> None:
-    """Without servers given, with a plan of four ranks and a server on each machine; all is started again."""
+    """Where no servers are given it starts them; all machines are started again together."""
     environment = stubs(tmp_path / "bin", torchrun='printf "%s\\n" "$@"')
     environment |= {"MASTER_ADDR": "n1", "NNODES": "4"}
     words = bash("qwen2.5-32b/run.sh", environment | {"NODE_RANK": "2"}).stdout.splitlines()
@@ -254,9 +254,6 @@ def test_one_torchrun_a_machine_is_the_32b_run(tmp_path: Path) -> None:
     words = bash("qwen2.5-32b/run.sh", given).stdout.splitlines()
     assert words[words.index("--rollout.sglang.urls") + 1] == '["http://a:1","http://b:2"]'
     assert "is_host=1" in words and words[words.index("--nproc-per-node") + 1] == "8"
-    done = bash("qwen2.5-32b/run.sh", {**os.environ, "DRY_RUN": "1"})
-    assert "# ranks: 16 = tensor 4 x pipeline 2 x context 1 x data 2" in done.stdout, done.stderr
-    assert "1 SGLang servers of 4 GPUs, started on each of 4 machines on GPUs 4, 5, 6, 7" in done.stdout
 
 
 def has_ended(pid: int) -> bool:

@@ -133,7 +133,7 @@ def dry(words: list[str], capsys: pytest.CaptureFixture[str], schema: Any = Conf
     ("name", "ranks", "engine"),
     [
         ("qwen2.5-math-7b", 4, "on GPUs 4, 5, 6, 7"),
-        ("qwen2.5-32b", 32, "SGLang servers at http://server-0:30000, http://server-1:30000"),
+        ("qwen2.5-32b", 16, "servers of 4 GPUs, started on each of 4 machines on GPUs 4, 5, 6, 7"),
     ],
 )
 def test_the_recipes_scripts_run_dry(
@@ -157,12 +157,14 @@ def test_the_recipes_scripts_run_dry(
     world_size, *words = said.decode().split("\0")[:-1]
     assert int(world_size) == ranks and words[:2] == ["-m", "megatron_dgpo.train"]
     monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as both scripts start it
     monkeypatch.chdir(EXAMPLES.parent)
     words = [w for w in words[2:] if w != "--dry-run"]
     text = dry(words, capsys)
     assert f"# ranks: {ranks} = " in text and engine in text and "# not there yet: data.train: " in text
     if name == "qwen2.5-math-7b":  # as NPROC=8 starts it
         monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
         with pytest.raises(SystemExit):
             parse([*words, "--dry-run"], Config)
         assert "error: rollout.sglang.launch.devices: 4 is the trainer's, whose 8 " in capsys.readouterr().err
