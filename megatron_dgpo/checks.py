@@ -147,10 +147,10 @@ def _places(config: Config, given: list[str], world_size: int) -> Iterator[str]:
     far = [url for url in urls if url not in near]
     if on_this < world_size:
         reach = f"{world_size - on_this} of the {world_size} ranks are on other machines"
-        if not given:
+        if c.colocate:
             yield (
-                f"rollout.sglang.launch: {reach} and cannot reach servers that listen on rank 0's 127.0.0.1; "
-                "start servers yourself and name them in rollout.sglang.urls"
+                f"rollout.sglang.colocate: {reach}, and weights go through the shared memory of one; give "
+                "the servers GPUs of their own on each machine, or name servers in rollout.sglang.urls"
             )
         elif near:
             yield f"{given[0]}: {reach}, where {near[0]} is another server; use a name that all can reach"
@@ -216,7 +216,7 @@ def _server_devices(config: Config, ranks: int) -> Iterator[str]:
 
 
 def gpus_of_servers(config: Config, ranks: int) -> int:
-    """How many GPUs, counted from 0, rank 0's machine needs for the servers that the run starts beside its
+    """How many GPUs, counted from 0, a machine needs for the servers that the run starts beside its
     `ranks` ranks; 0 where it starts none."""
     c = config.rollout.sglang
     if config.rollout.engine != "sglang" or not c.managed:

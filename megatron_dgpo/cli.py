@@ -22,6 +22,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from megatron_dgpo import torchrun
 from megatron_dgpo.checks import Absent, check_all, local_world_size, read_json, replica_size
 from megatron_dgpo.config import Config, SFTConfig
 from megatron_dgpo.config.algorithms import PRESETS
@@ -145,6 +146,7 @@ def _refuse(problems: Sequence[str]) -> NoReturn:
         # torchrun ends its own report, which follows ours on the terminal, with this message.
         message = {"message": "; ".join(problems), "extraInfo": {"timestamp": int(time.time())}}
         Path(path).write_text(json.dumps({"message": message}))
+    torchrun.end_agent()  # the next start would be refused as well
     raise SystemExit(2) from None
 
 

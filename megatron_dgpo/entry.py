@@ -12,12 +12,15 @@ import fcntl
 import importlib.util
 import logging
 import os
+import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+from megatron_dgpo import torchrun
 from megatron_dgpo.checks import (
     Absent,
     AnyConfig,
@@ -39,18 +42,32 @@ if TYPE_CHECKING:
 D = TypeVar("D")
 log = logging.getLogger(__name__)
 
+_LOCK = ".lock"
+"""In a run's folder: locked by the run that writes to it, and names its launch (see `torchrun.launch`)."""
+_LEAVING_SECONDS = 30.0
+"""How long the processes of a start that failed may hold the lock after their rank has ended."""
+
 
 def parse(argv: Sequence[str], schema: type[C]) -> C:
     """Config from the command line, with the checks that need more than the config itself.
 
+    Where torchrun starts again what it started without --resume, the run goes on as with it.
     Ends the process with status 2 and one line a problem, printed by one rank, when it is refused.
     """
-    return load_or_exit(
+    config = load_or_exit(
         argv,
         schema,
         extra_checks=(*MODEL_CHECKS, _used_folder, _resumed_run, _reward, _algorithm, _wandb, _credit_log),
         inspect=_data_there,
     )
+    if not _goes_on(config):
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"resume": True})})
+
+
+def _goes_on(config: AnyConfig) -> bool:
+    """Whether a run that is in the folder goes on."""
+    return config.run.resume or torchrun.began_here(config.run.folder / _LOCK)
 
 
 def _megatron_fields(config: AnyConfig) -> Iterator[str]:
@@ -78,7 +95,7 @@ def _used_folder(config: AnyConfig) -> Iterator[str]:
     folder = config.run.folder
     if files := [path for path in (folder, *folder.parents) if path.is_file()]:
         yield f"run.folder: {folder} cannot be made, since {files[0]} is a file; choose another folder"
-    elif (folder / "metrics.jsonl").exists() and not config.run.resume:
+    elif (folder / "metrics.jsonl").exists() and not _goes_on(config):
         yield (
             f"run.folder: {folder} already holds a run (add --resume to go on with it, "
             "or choose another folder)"
@@ -97,7 +114,7 @@ _MAY_CHANGE_KEYS = {
 def _resumed_run(config: AnyConfig) -> Iterator[str]:
     """A resumed run is the same run: its data, model, algorithm and schedule may not change."""
     old = config.run.folder / "config.toml"
-    if not config.run.resume or not old.is_file():
+    if not _goes_on(config) or not old.is_file():
         return
     if not any((config.run.folder / "checkpoints").glob("step_*")):
         return  # nothing is resumed
@@ -248,16 +265,45 @@ def _start(config: C, load: Callable[[C], D], run: Callable[[C, Groups, D], None
         data = load(config)
         _require_megatrons_consent(config)
         lock = claim(config.run.folder)
+        # Rank 0 has forgotten what was noted of another launch; other ranks may be before it.
+        if (lock or torchrun.number()) and (why := torchrun.ended(config.run.folder)):
+            raise ConfigError([why])
 
-    with lock or nullcontext(), platform.distributed(config.parallel, seed=config.run.seed) as groups:
+    def on_error(error: BaseException) -> None:
+        _rank_ends(config.run.folder, error)
+
+    with (
+        lock or nullcontext(),
+        platform.distributed(config.parallel, seed=config.run.seed, on_error=on_error) as groups,
+    ):
         run(config, groups, data)
 
 
+def _rank_ends(folder: Path, error: BaseException) -> None:
+    """Note the error, and prevent a start that would end in the same way."""
+    lost, rank = _lost_ranks(error), int(os.environ.get("RANK", "0"))
+    why = torchrun.note_failure(folder, rank, error, lost=lost)
+    if lost and not why:  # the rank that knows has said so before it ended
+        why = torchrun.ended(folder)
+    if why:
+        print(f"error: {f'[rank {rank}] ' if rank else ''}{why}", file=sys.stderr, flush=True)
+        torchrun.end_agent()
+
+
+def _lost_ranks(error: BaseException) -> bool:
+    """Whether the error is that of a collective or of the store, which fail when other ranks are gone."""
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistError):  # NCCL's, the store's and the network's
+        return True
+    return isinstance(error, RuntimeError | TimeoutError) and "gloo" in str(error).lower()
+
+
 def _require_gpus_for_servers(config: AnyConfig, ranks: int) -> None:
-    """Raises ConfigError where rank 0's machine lacks GPUs for the servers that the run starts there."""
+    """Raises ConfigError where this machine lacks GPUs for the servers that the run starts on it."""
     from megatron_dgpo import platform
 
-    if not isinstance(config, Config) or not platform.has_gpu() or os.environ.get("GROUP_RANK", "0") != "0":
+    if not isinstance(config, Config) or not platform.has_gpu():
         return
     needed, there = gpus_of_servers(config, ranks), platform.number_of_gpus()
     if needed > there:
@@ -280,17 +326,34 @@ def _require_megatrons_consent(config: AnyConfig) -> None:
 def claim(folder: Path) -> IO[str] | None:
     """Lock a run's folder for this process, on the rank that writes it; held until the file is closed.
 
+    A new launch's claim removes what is noted there of an earlier one's failures.
+
     Raises:
         ConfigError: another run holds it, such as one that has not ended yet.
     """
     if os.environ.get("RANK", "0") != "0":
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / ".lock").open("w")
+    file = (folder / _LOCK).open("a+")
+    deadline = time.monotonic() + (_LEAVING_SECONDS if torchrun.number() else 0)
+    while not _locked(file, folder):
+        if time.monotonic() >= deadline:
+            file.close()
+            raise ConfigError([f"run.folder: another run is writing to {folder}; wait until it ends"])
+        time.sleep(0.1)
+    if not torchrun.began_here(folder / _LOCK):
+        torchrun.forget(folder)
+        file.truncate(0)
+        file.write(torchrun.launch())
+        file.flush()
+    return file
+
+
+def _locked(file: IO[str], folder: Path) -> bool:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError([f"run.folder: another run is writing to {folder}; wait until it ends"]) from None
+        return False
     except OSError as error:  # some network file systems have no locks
         log.warning("%s is not locked against a second run: %s", folder, error)
-    return file
+    return True

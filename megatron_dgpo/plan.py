@@ -25,7 +25,7 @@ def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None, *, local
         f"ranks: {world_size} = tensor {p.tensor_model_parallel_size} x pipeline "
         f"{p.pipeline_model_parallel_size} x context {p.context_parallel_size} x data {dp}",
         *_step(config, world_size, dp),
-        *_engines(config, local),
+        *_engines(config, local, max(1, world_size // local)),
     ]
     if hf is not None:
         lines += _weights(config, replica, dp, hf)
@@ -55,7 +55,7 @@ def _step(config: Config, world_size: int, dp: int) -> Iterator[str]:
     )
 
 
-def _engines(config: Config, local: int) -> Iterator[str]:
+def _engines(config: Config, local: int, machines: int) -> Iterator[str]:
     s = config.rollout.sglang
     if config.rollout.engine == "embedded":
         yield "engine: in every training process"
@@ -68,9 +68,10 @@ def _engines(config: Config, local: int) -> Iterator[str]:
         first = 0 if s.colocate else local  # the trainer's ranks have the first GPUs
         gpus = ", ".join(map(str, s.launch.devices or range(first, first + n)))
         shared = ", which the trainer uses too" if s.colocate else ""
+        where = "this machine" if machines == 1 else f"each of {machines} machines"
         yield (
             f"engine: {s.launch.count} SGLang servers of {s.launch.tensor_parallel_size} GPUs, started on "
-            f"rank 0's machine on GPUs {gpus}{shared}"
+            f"{where} on GPUs {gpus}{shared}"
         )
 
 

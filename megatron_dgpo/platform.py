@@ -7,15 +7,12 @@ arithmetic is untouched. The patches fit megatron-core from OLDEST_MEGATRON to B
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.abc
 import logging
 import math
-import multiprocessing
 import os
 import queue
-import signal
 import sys
 import traceback
 import types
@@ -31,6 +28,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
+
+from megatron_dgpo import torchrun
 
 log = logging.getLogger(__name__)
 
@@ -285,19 +284,11 @@ def _end_checkpoint_writers_with_their_rank() -> None:
     @functools.wraps(original)
     def write(*args: Any, **kwargs: Any) -> Any:
         if os.getpid() != _rank_pid:
-            _end_with_parent()
+            torchrun.end_with_parent()
         return original(*args, **kwargs)
 
     write.ends_with_rank = True  # type: ignore[attr-defined]
     writer.write_preloaded_data = staticmethod(write)
-
-
-def _end_with_parent() -> None:
-    """Of a process that was forked: end when its parent does, at once where it has already."""
-    _signal_when_parent_ends(signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:
-        os._exit(1)
 
 
 @contextmanager
@@ -361,6 +352,17 @@ def shared_store(name: str) -> dist.Store:
     return dist.PrefixStore(name, dist.distributed_c10d._get_default_store().clone())  # type: ignore[attr-defined]
 
 
+def _init_under_launcher(backend: str, timeout: timedelta) -> None:
+    """The default process group of ranks that torchrun started, or another launcher with its environment."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = dist.PrefixStore(torchrun.meet(store, rank, world_size, timeout.total_seconds()), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+
+
 def any_rank(flag: bool, groups: Groups) -> bool:
     """True on every rank when it is true on one."""
     if groups.world_size == 1:
@@ -397,7 +399,7 @@ def start(parallel: Any, seed: int) -> Groups:
     """
     global _rank_pid
     _rank_pid = os.getpid()
-    end_with_launcher()
+    torchrun.end_with_agent()
     use_device(parallel.device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     import megatron.core
 
@@ -421,7 +423,7 @@ def start(parallel: Any, seed: int) -> Groups:
     if dist.is_initialized():
         log.info("using the process group that is there")
     elif "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        _init_under_launcher(backend, timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     with megatron_calls():
@@ -434,18 +436,6 @@ def start(parallel: Any, seed: int) -> Groups:
         )
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return _groups(this)
-
-
-def end_with_launcher() -> None:
-    """Get SIGTERM when torchrun dies: a rank that outlives it would write into a folder that a resumed
-    run uses. Linux only; elsewhere nothing happens."""
-    if sys.platform == "linux" and "TORCHELASTIC_RUN_ID" in os.environ:
-        _signal_when_parent_ends(signal.SIGTERM)
-
-
-def _signal_when_parent_ends(number: int) -> None:
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def stop() -> None:
@@ -469,14 +459,22 @@ def _end_children() -> None:
 
 
 @contextmanager
-def distributed(parallel: Any, *, seed: int) -> Iterator[Groups]:
+def distributed(
+    parallel: Any, *, seed: int, on_error: Callable[[BaseException], None] | None = None
+) -> Iterator[Groups]:
     """Process groups for a run.
 
     An exception on one rank ends that rank at once with its traceback; the others' collectives then
-    fail instead of waiting, and torchrun ends the rest. Cleaning up politely would make the failing
-    rank wait for ranks that wait for it.
+    fail instead of waiting, and torchrun ends the rest, or starts all again. Cleaning up politely would make
+    the failing rank wait for ranks that wait for it. `on_error` is called before the rank ends, and before
+    any other rank notices.
     """
-    groups = start(parallel, seed)
+    try:
+        groups = start(parallel, seed)
+    except Exception as error:
+        if on_error is not None:
+            on_error(error)
+        raise
     try:
         yield groups
     except (SystemExit, GeneratorExit):
@@ -486,5 +484,9 @@ def distributed(parallel: Any, *, seed: int) -> Iterator[Groups]:
         _end_children()
         trace = traceback.format_exc()
         print(f"\n[rank {groups.rank}] {type(error).__name__}: {error}\n{trace}", file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+        if isinstance(error, KeyboardInterrupt):
+            os._exit(130)
+        if on_error is not None:
+            on_error(error)
+        os._exit(1)
     stop()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_dgpo import platform
+from megatron_dgpo import platform, torchrun
 from megatron_dgpo.checks import AnyConfig
 from megatron_dgpo.cli import dump_toml
 from megatron_dgpo.config import Config
@@ -149,6 +149,7 @@ def restore_or_start(
     restore(policy, latest, critic)
     state = RunState.from_json(latest.state)
     folder.begin_after(latest.step, evaluated=str(latest.step) in state.evaluations)
+    torchrun.reached(state.step)
     console.log(f"resumed from {latest.path}: {latest.step} steps done")
     return state
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_dgpo import torchrun
 from megatron_dgpo.config import SFTConfig
 from megatron_dgpo.entry import parse, start
 
@@ -43,6 +44,7 @@ def run(config: SFTConfig, groups: Groups, data: SupervisedData) -> None:
             batches = batch_of_step([examples[i] for i in cursor.indices(state.step)], config, groups)
             result = policy.update(batches, loss_fn)
             state.step += 1
+            torchrun.reached(state.step)
             bar.update()
             last = state.step == c.steps
             if last or state.step % config.observe.every == 0:

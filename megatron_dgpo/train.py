@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_dgpo import torchrun
 from megatron_dgpo.config import Config
 from megatron_dgpo.entry import parse, start
 
@@ -48,6 +49,7 @@ def run(config: Config, groups: Groups, data: Data) -> None:
             state.step += 1
             with trainer.timer("sync"):
                 trainer.push(state.step)
+            torchrun.reached(state.step)
         trainer.record(state, folder, rollout, sums)
         trainer.evaluate_when_due(state, folder)
         stopping = stop.on_any_rank(groups)

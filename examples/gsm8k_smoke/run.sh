@@ -16,4 +16,4 @@ export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-1073741824}"
 
 python examples/gsm8k_smoke/prepare.py --out "$out/data"
 rm -rf "$out/run"
-torchrun --standalone --shutdown-timeout 120 --nproc-per-node 2 -m megatron_dgpo.train examples/gsm8k_smoke/dgpo.toml "$@"
+torchrun --standalone --max-restarts 3 --shutdown-timeout 120 --nproc-per-node 2 -m megatron_dgpo.train examples/gsm8k_smoke/dgpo.toml "$@"

@@ -46,7 +46,7 @@ engine_args=()
 if [ "$engine" = sglang ]; then
     engine_args=("$here/sglang.toml")
 fi
-launch() { torchrun --standalone --shutdown-timeout 120 --nproc-per-node "$nproc" "$@"; }
+launch() { torchrun --standalone --max-restarts 3 --shutdown-timeout 120 --nproc-per-node "$nproc" "$@"; }
 
 started=$SECONDS
 if [ ! -d "$out/data" ]; then

@@ -29,5 +29,5 @@ if [ -n "${DRY_RUN:-}" ]; then
     [ -f "$model/config.json" ] || model="$here/model"
     WORLD_SIZE="$nproc" exec python -m megatron_dgpo.train "${words[@]}" --model.path "$model" --dry-run "$@"
 fi
-exec torchrun --standalone --shutdown-timeout 600 --nproc-per-node "$nproc" \
+exec torchrun --standalone --max-restarts 3 --shutdown-timeout 600 --nproc-per-node "$nproc" \
     -m megatron_dgpo.train "${words[@]}" --model.path "$model" --resume "$@"

@@ -127,10 +127,10 @@ continued is part of a prompt."""
 
 
 class LaunchConfig(Section):
-    """Servers that the run starts on rank 0's machine, and ends."""
+    """Servers that the run starts on each machine of torchrun's, and ends."""
 
     count: PositiveInt = 1
-    """How many servers."""
+    """How many servers on each machine."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of each server."""
     devices: Annotated[tuple[Count, ...], Field(strict=False)] = ()
@@ -143,7 +143,7 @@ class LaunchConfig(Section):
     startup_timeout_seconds: PositiveInt = 540
     """How long the servers may take, side by side, until they answer."""
     max_restarts: Count = 3
-    """How many times servers that died are started again, over the whole run."""
+    """How many times servers that died are started again, on each machine over the whole run."""
 
 
 class SGLangConfig(Section):
@@ -167,7 +167,9 @@ class SGLangConfig(Section):
     """The servers share the trainer's GPUs: they give up their memory while it trains, and weights go
     through shared memory (CUDA IPC) instead of a broadcast."""
     address: str = "127.0.0.1"
-    """Where servers reach the trainer's broadcasts; "hostname": by the name of each rank's machine."""
+    """Where servers reach the trainer's broadcasts, and the run's own servers on several machines listen;
+    "hostname": the name of each machine. With such servers the default is replaced by the address with which
+    each machine reaches torchrun's MASTER_ADDR."""
 
     def sample_timeout(self, max_new_tokens: int) -> float:
         """Seconds that a sample of so many tokens may take."""

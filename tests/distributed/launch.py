@@ -21,19 +21,31 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Launch:
-    """`torchrun --nproc-per-node n -m module words...`, its output in a file.
+    """`torchrun --nproc-per-node n --max-restarts m -m module words...`, its output in a file.
 
     `cold`: by torchrun's command line, each process of which imports everything anew, for ten seconds of a
-    core. Without, torchrun's agent and its ranks are forks of a process that has done so.
+    core. Without, torchrun's agent and its ranks are forks of a process that has done so. Such agents may
+    stand for several `machines`, which meet at an address.
     """
 
     def __init__(
-        self, module: str, nproc: int, words: Sequence[object], log: Path, *, cold: bool = False
+        self,
+        module: str,
+        nproc: int,
+        words: Sequence[object],
+        log: Path,
+        *,
+        cold: bool = False,
+        max_restarts: int = 0,
+        machines: int = 1,
+        meeting: str = "localhost:0",
     ) -> None:
         self.log = log
         given = module, list(map(str, words))
-        start = _command_line if cold or rank_context().get_start_method() == "spawn" else _Forked
-        self.process: Any = start(nproc, *given, log)
+        if machines == 1 and (cold or rank_context().get_start_method() == "spawn"):
+            self.process: Any = _command_line(nproc, max_restarts, *given, log)
+        else:
+            self.process = _Forked((nproc, max_restarts, machines, meeting, *given, log, dict(os.environ)))
 
     @property
     def output(self) -> str:
@@ -87,9 +99,11 @@ class Launch:
         psutil.wait_procs(family, timeout=patience())
 
 
-def _command_line(nproc: int, module: str, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def _command_line(
+    nproc: int, max_restarts: int, module: str, words: list[str], log: Path
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(nproc), "-m", module, *words]
+    command += ["--nproc-per-node", str(nproc), "--max-restarts", str(max_restarts), "-m", module, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     with log.open("wb") as file:
         return subprocess.Popen(
@@ -100,9 +114,8 @@ def _command_line(nproc: int, module: str, words: list[str], log: Path) -> subpr
 class _Forked:
     """What the tests use of `subprocess.Popen`, of a fork of the server that forks ranks."""
 
-    def __init__(self, nproc: int, module: str, words: list[str], log: Path) -> None:
-        log.touch()
-        given = nproc, module, words, log, dict(os.environ)
+    def __init__(self, given: tuple[Any, ...]) -> None:
+        given[-2].touch()  # the log
         self._process = rank_context().Process(target=_agent, args=given)
         self._process.start()
         self.pid: int = self._process.pid
@@ -118,7 +131,16 @@ class _Forked:
         return int(self._process.exitcode)
 
 
-def _agent(nproc: int, module: str, words: list[str], log: Path, environment: Mapping[str, str]) -> None:
+def _agent(
+    nproc: int,
+    max_restarts: int,
+    machines: int,
+    meeting: str,
+    module: str,
+    words: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+) -> None:
     """What torchrun's command line does once it has read its words."""
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -129,13 +151,14 @@ def _agent(nproc: int, module: str, words: list[str], log: Path, environment: Ma
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
+        min_nodes=machines,
+        max_nodes=machines,
         nproc_per_node=nproc,
-        run_id=f"{os.getpid()}",
+        run_id=f"{os.getpid()}" if machines == 1 else meeting,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        rdzv_endpoint=meeting,
+        local_addr=None if machines == 1 else "127.0.0.1",
+        max_restarts=max_restarts,
         start_method="fork",
     )
     elastic_launch(config, _rank)(module, words)

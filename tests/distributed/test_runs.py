@@ -24,6 +24,7 @@ from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.entry import claim
 from megatron_dgpo.observe.advisories import read_advisories
 from megatron_dgpo.observe.metrics import read_metrics, without_timings
+from megatron_dgpo.torchrun import failures
 
 QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 8
@@ -78,12 +79,14 @@ class Workshop:
         size = ("--seed", "3", "--traces", "2000", "--train-prompts", "64", "--heldout-prompts", "8")
         make_data(QUICKSTART / "make_data.py", "--out", self.data, *size)
 
-    def launch(self, name: str, *words: object, nproc: int = 2, cold: bool = False) -> Launch:
+    def launch(
+        self, name: str, *words: object, nproc: int = 2, module: str = "megatron_dgpo.train", **how: Any
+    ) -> Launch:
         """A DGPO run in folder `name`."""
         filled = [str(w).format(data=self.data, coldstart=self.coldstart) for w in (*SMALL, *words)]
         words = (QUICKSTART / "dgpo.toml", "--run.folder", self.folder / name, *filled)
         log = self.folder / f"{name}.{time.time():.2f}.log"
-        return Launch("megatron_dgpo.train", nproc, words, log, cold=cold)
+        return Launch(module, nproc, words, log, **how)
 
     def cold_start(self) -> Launch:
         words = (QUICKSTART / "sft.toml", "--run.folder", self.coldstart, "--train.steps", 120)
@@ -249,6 +252,18 @@ def test_an_algorithm_of_the_users_own(shop: Workshop) -> None:
     assert fractions[0] == 1.0 and fractions[1:] == pytest.approx([0.9, 0.9], abs=1e-5)
 
 
+def test_torchrun_starts_again_what_a_dead_rank_ended(
+    shop: Workshop, whole: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --resume too, what is started again goes on from the last checkpoint, or from the start."""
+    deaths = [(0, "start", 0), (1, "rollout", 1), (1, "update", 3), (0, "save", 4), (1, "sync", 5)]
+    monkeypatch.setenv("DIES", json.dumps(deaths))
+    run = shop.launch("restarted", module="dies", max_restarts=len(deaths)).succeed()
+    assert shop.rows("restarted") == shop.rows("whole")
+    assert read_advisories(shop.folder / "restarted") == read_advisories(shop.folder / "whole")
+    assert [n for n in (2, 4) if f"step_{n:08d}: {n} steps done" in run.output] == [2, 4]
+
+
 def test_a_dead_rank_ends_the_run(shop: Workshop) -> None:
     run = shop.launch("dead")
     run.wait_until(lambda: steps_done(shop.folder / "dead") >= 1)
@@ -300,9 +315,13 @@ def test_a_step_without_rewards_changes_nothing_and_goes_on(shop: Workshop) -> N
 
 
 def test_a_gradient_that_is_not_finite_stops_all_ranks_and_saves_the_batch(shop: Workshop) -> None:
-    run = shop.launch("overflow", "--optimizer.lr", "1e30", "--evaluation.data", "[]")
+    """The same again after one restart ends the run, though torchrun has more left."""
+    run = shop.launch("overflow", "--optimizer.lr", "1e30", "--evaluation.data", "[]", max_restarts=5)
     assert run.wait() != 0
     assert "gradient norm" in run.output
+    assert "NonFiniteUpdate before the first step, 2 times in a row" in run.output
+    found = failures(shop.folder / "overflow", 0)
+    assert [row["error"] for row in found] == ["NonFiniteUpdate"] * 2
     saved = list((shop.folder / "overflow").glob("bad_batch_rank*.pt"))
     assert len(saved) == 2
     batch = torch.load(saved[0], weights_only=False)

@@ -1,5 +1,5 @@
-"""`torchrun -m dies_in_sync CONFIG.toml ...`: a training run in which one rank is killed while servers wait
-for its part of the weights of version 1. DIES is that rank; NOTE gets a file at that moment."""
+"""`torchrun -m dies_in_sync CONFIG.toml ...`: a training run in whose first start one rank is killed while
+servers wait for its part of the weights of version 1. DIES is that rank; NOTE gets a file at that moment."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ def _die_at_version_1() -> None:
 
 
 if __name__ == "__main__":
-    if os.environ["RANK"] == os.environ["DIES"]:
+    if os.environ["RANK"] == os.environ["DIES"] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         _die_at_version_1()
     train.main()

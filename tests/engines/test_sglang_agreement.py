@@ -3,6 +3,7 @@ found dead by one rank's client at any moment of an update."""
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -240,7 +241,8 @@ class Process:
     broken: tuple[int, ...] = ()
     made: list[int] = []
 
-    def __init__(self, model_path: Any, launch: Any, *, number: int, **_: Any) -> None:
+    def __init__(self, model_path: Any, launch: Any, *, number: int, **how: Any) -> None:
+        self.how = how
         self.number, self.url = number, f"http://{number}.{len(self.made)}"
         self.again = number in self.made
         self.made.append(number)
@@ -301,3 +303,53 @@ def test_servers_given_by_url_come_back(monkeypatch: pytest.MonkeyPatch, tmp_pat
             away.clear()
             assert fleet.take_back() == ([URLS[0]] if count <= returns else [])
         assert list(fleet.ranks) == [URLS[1]]
+
+
+@pytest.mark.parametrize(("rank", "local", "numbers"), [(4, "0", [0, 1]), (5, "1", [])])
+def test_the_first_rank_of_each_machine_starts_its_servers(
+    rank: int, local: str, numbers: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Devices go by the number on the machine, logs by that in the run; other machines' servers are known."""
+    monkeypatch.setattr(fleet_module, "ServerProcess", Process)
+    monkeypatch.setattr(fleet_module, "check_server", lambda url, folder: 1)
+    monkeypatch.setattr(fleet_module, "answers", lambda url, timeout: "far" not in url)
+    monkeypatch.setattr(Process, "made", [])
+    for name, value in {"LOCAL_RANK": local, "GROUP_RANK": "1", "GROUP_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    other = ("id", {"http://other": 1}), None
+    monkeypatch.setattr(platform, "gather_objects", lambda value, world: [other, value])
+    groups: Any = SimpleNamespace(rank=rank, world=None)
+    config = SGLangConfig(launch=LaunchConfig(count=2), address="10.0.0.6")
+
+    def fleet() -> Fleet:
+        return Fleet(config, groups, model_path=tmp_path, dtype="float32", log_folder=tmp_path)
+
+    made = fleet()
+    assert made.id == "id" and Process.made == numbers
+    assert list(made.ranks) == ["http://other", *(f"http://{n}.{n}" for n in numbers)]
+    for n, process in made._processes.items():
+        assert process.how["log_file"].name == f"server_{2 + n}.log" and process.how["host"] == "10.0.0.6"
+    made.close()
+    if numbers:
+        other[0][1]["http://far"] = 1
+        with pytest.raises(FleetLost, match=r"address: machine 1 does not reach http://far, which another"):
+            fleet()
+
+
+def test_the_address_at_which_other_machines_reach_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, default = fleet_module.own_address, SGLangConfig().address
+    assert own("hostname", 1) == socket.gethostname() and own("10.0.0.7", 2) == "10.0.0.7"
+    assert own(default, 1) == "127.0.0.1"
+    monkeypatch.setenv(
+        "MASTER_ADDR", "127.0.1.1"
+    )  # as some distributions have a machine's name in /etc/hosts
+    try:
+        found = own(default, 2)
+    except ServerFailed as error:  # a machine without a network
+        assert "rollout.sglang.address: this machine has no address" in str(error)
+    else:
+        with socket.socket() as listening:
+            listening.bind((found, 0))
+        assert not found.startswith("127.")
+        monkeypatch.setenv("MASTER_ADDR", found)
+        assert own(default, 2) == found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 from patience import patience, until
 
 from megatron_dgpo.config import LaunchConfig
+from megatron_dgpo.rollout.sglang import servers as servers_
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
     ServerProcess,
@@ -22,6 +24,7 @@ from megatron_dgpo.rollout.sglang.servers import (
     check_nccl,
     check_server,
     command_line,
+    end_left_over,
     visible_devices,
     workers_of_router,
 )
@@ -121,6 +124,30 @@ def test_a_device_that_the_run_does_not_have_is_named() -> None:
     says = "launch.devices: server 1 is to have GPU 2, and CUDA_VISIBLE_DEVICES=4,5 leaves the run 2, counted"
     with pytest.raises(ServerFailed, match=says):
         visible_devices("4,5", (), number=1, size=2, first=0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a process's environment")
+def test_what_a_dead_trainer_left_over_is_ended_and_nothing_else(tmp_path: Path) -> None:
+    """Servers of a trainer that lives, and those of another run, go on."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    log = tmp_path / "server_0.log"
+    owners = (f"{log} {dead.pid}-1", servers_._owner(log, os.getpid()))
+    owners += (f"{tmp_path / 'server_1.log'} {dead.pid}-1", f"{log} {os.getpid()}-1")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env={servers_._OWNER: owner}
+        )
+        for owner in owners
+    ]
+    try:
+        until(lambda: all(servers_._OWNER in psutil.Process(p.pid).environ() for p in started))
+        end_left_over(log)
+        assert [p.poll() is None for p in started] == [False, True, True, False]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
 
 
 # --- stand-ins for SGLang's interpreter ---------------------------------------------------------------

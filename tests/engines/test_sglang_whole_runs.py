@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,12 +68,14 @@ def model(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-def start(module: str, model: Path, folder: Path, *words: object) -> Launch:
+def start(
+    module: str, model: Path, folder: Path, *words: object, nproc: int = 2, log: str = "log", **how: Any
+) -> Launch:
     config = folder / "run.toml"
     config.write_text(
         CONFIG.format(model=model, folder=folder / "run", patience=patience(1800), limit=patience())
     )
-    return Launch(module, 2, (config, *words), folder / "log")
+    return Launch(module, nproc, (config, *words), folder / log, **how)
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
@@ -110,7 +114,7 @@ def test_a_server_that_is_killed_costs_a_run_with_async_steps_nothing(
 
 
 @pytest.mark.parametrize("rank", [1, 0])
-def test_a_server_whose_trainer_dies_in_a_sync_serves_the_next_run(
+def test_a_server_whose_trainer_dies_in_a_sync_serves_the_next_start(
     rank: int,
     model: Path,
     servers: dict[str, ServerProcess],
@@ -123,13 +127,57 @@ def test_a_server_whose_trainer_dies_in_a_sync_serves_the_next_run(
     monkeypatch.setenv("DIES", str(rank))
     monkeypatch.setenv("NOTE", str(note))
     words = ("--train.steps", 3, "--parallel.pipeline_model_parallel_size", 2)
-    launch = start("dies_in_sync", model, tmp_path, *words, "--rollout.sglang.urls", f'["{url}"]')
+    words += ("--rollout.sglang.urls", f'["{url}"]')
+    launch = start("dies_in_sync", model, tmp_path, *words, max_restarts=1)
     try:
         launch.wait_until(note.exists)
         family = psutil.Process(launch.process.pid).children(recursive=True)
-        assert launch.wait() != 0  # sooner than any collective's time-out
+        launch.succeed()  # sooner than any collective's time-out
     finally:
         launch.kill()
     assert not psutil.wait_procs(family, timeout=patience())[1]
+    assert [row["step"] for row in steps(tmp_path)] == [1, 2, 3]
     (seen,) = run_ranks(trouble_ranks.to_one_server, 1, model, url)
     assert not seen["error"] and seen["difference"] <= 1e-4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="several addresses of one machine stand for machines")
+def test_each_machine_has_servers_and_all_of_it_starts_again(
+    model: Path, sglang_python: Path, tmp_path: Path
+) -> None:
+    """Two torchruns, each with a rank and a server at an address of its own. A server that is killed is
+    started again by its machine's rank; a rank that is killed costs both machines a start and new servers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = f"127.0.0.1:{free.getsockname()[1]}"
+    words = ("--train.steps", 4, "--checkpoint.every", 1, "--rollout.sglang.launch.python", sglang_python)
+    words += ("--rollout.sglang.retries", 0)
+    how: dict[str, Any] = dict(nproc=1, machines=2, meeting=meeting, max_restarts=1)
+    launches = [
+        start(
+            "megatron_dgpo.train", model, tmp_path, *words, "--resume", "--rollout.sglang.address", address,
+            log=f"log_{address}", **how,
+        )
+        for address in ("127.0.0.2", "127.0.0.3")
+    ]  # fmt: skip
+    first, second = launches
+    try:
+        second.wait_until(lambda: len(steps(tmp_path)) >= 1)
+        before = [server_of(launch).pid for launch in launches]
+        os.killpg(before[1], signal.SIGKILL)
+        second.wait_until(lambda: len(steps(tmp_path)) >= 2)
+        between = [server_of(launch).pid for launch in launches]
+        assert between[0] == before[0] and between[1] != before[1]
+        second.workers()[0].kill()
+        for launch in launches:
+            launch.succeed()
+    finally:
+        for launch in launches:
+            launch.kill()
+    again = [re.findall(r"starting SGLang server (\S+):\d+ again", launch.output) for launch in launches]
+    assert again == [[], ["http://127.0.0.3"]]
+    assert f"resumed from {tmp_path}" in first.output + second.output
+    rows = steps(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(row["sync_log_prob_gap"] < 1e-4 for row in rows)
+    assert not _servers_of(tmp_path)

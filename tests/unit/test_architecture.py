@@ -48,9 +48,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": set(),
 }
 """Room -> other rooms of the package that it may import, beside `LEAVES`."""
-LEAVES = {"jsontext", "progress", "hostmemory"}
+LEAVES = {"jsontext", "progress", "hostmemory", "torchrun"}
 """Import nothing of the package, and may be imported by all."""
-PURE = {"types", "config", "jsontext", "checks", "plan", "cli", "weights.names"}
+PURE = {"types", "config", "jsontext", "torchrun", "checks", "plan", "cli", "weights.names"}
 PURE |= {"mcore.fields", "mcore.field_types", "mcore.hf_config", "mcore.hf_fields"}
 """Need the standard library and pydantic alone."""
 NAMES_MEGATRON = {"platform", "mcore"}

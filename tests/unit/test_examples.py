@@ -180,26 +180,80 @@ def test_a_check_that_crashed_is_not_called_bad_rows(status: int, says: str, tmp
     assert done.returncode == 2 and "names 2 sources and HELDOUT 1 files" in done.stderr
 
 
-@pytest.mark.parametrize("status", [0, 7])
-def test_the_slurm_job_has_the_trainers_status_and_ends_the_servers(status: int, tmp_path: Path) -> None:
-    """`scancel` would end them too, but then the job counts as cancelled, whatever came of it."""
+def slurm_job(folder: Path, machines: int, **variables: str) -> subprocess.CompletedProcess[str]:
+    """The job's script; what it starts is in the files `calls` and `pid` of folder `bin`."""
     srun = """
-    echo "$@" >> "$HERE/calls"
-    case "$*" in *launch_server*) echo $$ > "$HERE/pid"; exec sleep 3600;; esac
-    exit "$STATUS"
+    case "$*" in *launch_server*) echo "$@" >> "$HERE/calls"; echo $$ > "$HERE/pid"; exec sleep 3600;; esac
+    echo "$@" "NNODES=$NNODES SERVERS=${SERVERS:-}" >> "$HERE/calls"
+    exit "${STATUS:-0}"
     """
     environment = stubs(
-        tmp_path / "bin",
+        folder / "bin",
         srun=srun,
-        scontrol='printf "n%d\\n" 1 2 3 4 5 6',
+        scontrol=f'printf "n%d\\n" $(seq {machines})',
         curl='for _ in $(seq 6000); do [ -s "$HERE/pid" ] && exit 0; sleep 0.1; done; exit 1',
         scancel='echo scancel >> "$HERE/calls"',
     )
-    done = bash("qwen2.5-32b/slurm.sh", environment | {"STATUS": str(status), "SLURM_JOB_NODELIST": "n[1-6]"})
+    return bash("qwen2.5-32b/slurm.sh", environment | {"SLURM_JOB_NODELIST": "n[1-6]"} | variables)
+
+
+@pytest.mark.parametrize("status", [0, 7])
+def test_the_slurm_job_has_the_trainers_status_and_ends_the_servers(status: int, tmp_path: Path) -> None:
+    """`scancel` would end them too, but then the job counts as cancelled, whatever came of it."""
+    done = slurm_job(tmp_path, 6, STATUS=str(status))
     assert done.returncode == status, done.stderr
     calls = (tmp_path / "bin" / "calls").read_text()
     assert "--nodelist=n1,n2 " in calls and "--nodelist=n3,n4,n5,n6 " in calls and "scancel" not in calls
+    assert "NNODES=4 SERVERS=http://n1:30000,http://n2:30000\n" in calls
     until(lambda: has_ended(int((tmp_path / "bin" / "pid").read_text())), "the server's end")
+
+
+@pytest.mark.parametrize(
+    ("machines", "serving", "trainers"), [(3, "", 2), (16, "", 8), (6, "4", 2), (4, "0", 4), (16, "0", 16)]
+)
+def test_the_machines_of_a_slurm_job_divide(
+    machines: int, serving: str, trainers: int, tmp_path: Path
+) -> None:
+    done = slurm_job(tmp_path, machines, SERVER_NODES=serving)
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "bin" / "calls").read_text()
+    given = ",".join(f"http://n{n + 1}:30000" for n in range(machines - trainers))
+    assert f" NNODES={trainers} SERVERS={given}\n" in calls
+    assert ("launch_server" in calls) == bool(given)
+
+
+@pytest.mark.parametrize(
+    ("machines", "serving", "says"),
+    [
+        (2, "", "2 machines are too few for servers of their own"),
+        (6, "1", "5 machines of 8 ranks do not divide into replicas of 16"),
+        (16, "2", "14 machines of 8 ranks do not divide"),
+        (6, "0", "6 machines of 4 ranks do not divide into replicas of 8"),
+    ],
+)
+def test_machines_of_a_slurm_job_that_do_not_divide_are_refused_at_once(
+    machines: int, serving: str, says: str, tmp_path: Path
+) -> None:
+    done = slurm_job(tmp_path, machines, SERVER_NODES=serving)
+    assert done.returncode == 2 and says in done.stderr
+    assert not (tmp_path / "bin" / "calls").exists()
+
+
+def test_one_torchrun_a_machine_is_the_32b_run(tmp_path: Path) -> None:
+    """Where no servers are given it starts them; all machines are started again together."""
+    environment = stubs(tmp_path / "bin", torchrun='printf "%s\\n" "$@"')
+    environment |= {"MASTER_ADDR": "n1", "NNODES": "4"}
+    words = bash("qwen2.5-32b/run.sh", environment | {"NODE_RANK": "2"}).stdout.splitlines()
+    for option, value in {
+        **{"--nnodes": "4", "--nproc-per-node": "4", "--max-restarts": "3", "--rdzv-backend": "c10d"},
+        **{"--rdzv-endpoint": "n1:29500", "--rdzv-conf": "is_host=0"},
+    }.items():
+        assert words[words.index(option) + 1] == value
+    assert "--resume" in words and "examples/qwen2.5-32b/managed.toml" in words
+    given = environment | {"NODE_RANK": "0", "SERVERS": "http://a:1,http://b:2"}
+    words = bash("qwen2.5-32b/run.sh", given).stdout.splitlines()
+    assert words[words.index("--rollout.sglang.urls") + 1] == '["http://a:1","http://b:2"]'
+    assert "is_host=1" in words and words[words.index("--nproc-per-node") + 1] == "8"
 
 
 def has_ended(pid: int) -> bool:

@@ -67,7 +67,7 @@ def test_plan_of_the_7b_recipe() -> None:
     assert "512 prompts x 16 = 8,192 samples; 8,192 a replica, 2,048 a rank" in text
     assert "64 prompts = 1,024 samples, 1,024 a replica; 8 updates a step, 1,600 in 200 steps" in text
     assert "at most 4,090 a sample, 33,505,280 a step, 33,505,280 a replica" in text
-    assert "2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7" in text
+    assert "2 SGLang servers of 2 GPUs, started on this machine on GPUs 4, 5, 6, 7" in text
     # 7.6156e9 / 4 parameters: 2, 4 and 12 bytes of each.
     assert "about 3.55 GiB of weights, 7.09 of gradients and 21.3 of Adam's state: 31.9 GiB" in text
 
@@ -78,8 +78,9 @@ def test_servers_have_the_gpus_after_the_trainers() -> None:
         changed = recipe("quickstart", rollout={"engine": "sglang", "sglang": {"launch": launch, **sglang}})
         return next(x for x in plan(changed, 8, None, local=local) if x.startswith("engine: "))
 
-    assert engine(4).endswith("2 SGLang servers of 2 GPUs, started on rank 0's machine on GPUs 4, 5, 6, 7")
-    assert engine(8).endswith("on GPUs 8, 9, 10, 11")
+    servers = "2 SGLang servers of 2 GPUs, started on"
+    assert engine(4).endswith(f"{servers} each of 2 machines on GPUs 4, 5, 6, 7")
+    assert engine(8).endswith(f"{servers} this machine on GPUs 8, 9, 10, 11")
     assert engine(4, colocate=True).endswith("on GPUs 0, 1, 2, 3, which the trainer uses too")
 
 
@@ -132,7 +133,7 @@ def dry(words: list[str], capsys: pytest.CaptureFixture[str], schema: Any = Conf
     ("name", "ranks", "engine"),
     [
         ("qwen2.5-math-7b", 4, "on GPUs 4, 5, 6, 7"),
-        ("qwen2.5-32b", 32, "SGLang servers at http://server-0:30000, http://server-1:30000"),
+        ("qwen2.5-32b", 16, "servers of 4 GPUs, started on each of 4 machines on GPUs 4, 5, 6, 7"),
     ],
 )
 def test_the_recipes_scripts_run_dry(
@@ -156,12 +157,14 @@ def test_the_recipes_scripts_run_dry(
     world_size, *words = said.decode().split("\0")[:-1]
     assert int(world_size) == ranks and words[:2] == ["-m", "megatron_dgpo.train"]
     monkeypatch.setenv("WORLD_SIZE", world_size)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as both scripts start it
     monkeypatch.chdir(EXAMPLES.parent)
     words = [w for w in words[2:] if w != "--dry-run"]
     text = dry(words, capsys)
     assert f"# ranks: {ranks} = " in text and engine in text and "# not there yet: data.train: " in text
     if name == "qwen2.5-math-7b":  # as NPROC=8 starts it
         monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
         with pytest.raises(SystemExit):
             parse([*words, "--dry-run"], Config)
         assert "error: rollout.sglang.launch.devices: 4 is the trainer's, whose 8 " in capsys.readouterr().err

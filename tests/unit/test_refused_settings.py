@@ -283,10 +283,10 @@ SETTINGS = {
         "at rollout.sglang.min_tokens_per_second 10) is drawn again, and the other ranks wait for "
         "parallel.timeout_seconds 120; use at most half of that, or at least 129.6 there",
     ),
-    "servers far from other ranks": Case(
-        SGLANG,
-        "rollout.sglang.launch: 1 of the 2 ranks are on other machines and cannot reach servers that listen "
-        "on rank 0's 127.0.0.1; start servers yourself and name them in rollout.sglang.urls",
+    "colocated servers on several machines": Case(
+        [*SGLANG, "--rollout.sglang.colocate", "true"],
+        "rollout.sglang.colocate: 1 of the 2 ranks are on other machines, and weights go through the shared "
+        "memory of one; give the servers GPUs of their own on each machine, or name servers in",
         world_size=2,
         local_world_size=1,
     ),

@@ -1,8 +1,9 @@
 """SGLang servers as the one rollout engine of all ranks.
 
-Every rank sends its own prompts to all servers. Rank 0 starts and ends managed servers and opens and
-closes weight updates; on each pipeline stage of the first data-parallel replica, the first TP rank
-sends that stage's weights (colocated: each TP rank shares them with the servers of its GPU).
+Every rank sends its own prompts to all servers. The first rank of each machine starts and ends the managed
+servers there. Rank 0 opens and closes weight updates; on each pipeline stage of the first data-parallel
+replica, the first TP rank sends that stage's weights (colocated: each TP rank shares them with the servers of
+its GPU).
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class SGLangEngine:
     random numbers a server draws is its own business: samples are not reproducible.
 
     Args:
-        fleet: the servers, started on rank 0 (see `Fleet`).
+        fleet: the servers (see `Fleet`).
         decode: token ids to text, for the samples.
         vocab_size, max_positions: of the model; ids and lengths beyond them are refused.
         max_new_tokens: the most that a sample may have, from which its time-out follows; None: any.
@@ -242,7 +243,7 @@ class SGLangEngine:
             self.client,
             ranks,
             name=f"megatron_dgpo-{self._fleet.id}-{stage}-{self._group_number}",
-            address=self._config.address,
+            address=self._fleet.address,
             device=self._groups.device,
             timeout_seconds=self._timeout,
         )
@@ -273,9 +274,8 @@ class SGLangEngine:
 
     def _heal(self) -> bool:
         """Replace servers that are dead; a new set of servers gets new process groups. Whether it did."""
-        if self._groups.rank == 0:
-            for url, reason in self._fleet.exited().items():
-                self.client.mark_dead(url, reason)
+        for url, reason in self._fleet.exited().items():
+            self.client.mark_dead(url, reason)
         if self._agree():
             return False
         self._disconnect()

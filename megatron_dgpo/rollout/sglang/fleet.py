@@ -1,8 +1,11 @@
-"""The servers of a run: started on rank 0's machine, or given by URL; the same list on every rank."""
+"""The servers of a run: started on every machine, or given by URL; the same list on every rank."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import socket
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +18,7 @@ from megatron_dgpo.config import SGLangConfig
 from megatron_dgpo.rollout.sglang.servers import (
     ServerFailed,
     ServerProcess,
+    answers,
     check_nccl,
     check_server,
     stop_servers,
@@ -24,6 +28,8 @@ from megatron_dgpo.rollout.sglang.servers import (
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+_ANY_ADDRESS = "192.0.2.1"
+"""Of no machine (RFC 5737): the way there is the default route."""
 _ASK_SECONDS = 5.0
 """How long a server that was dropped may take to say what it serves; all ranks wait."""
 
@@ -33,7 +39,10 @@ class FleetLost(RuntimeError):
 
 
 class Fleet:
-    """Built, changed and closed by all ranks together; rank 0 acts and tells the others.
+    """Built, changed and closed by all ranks together; a rank that acts tells the others.
+
+    The first rank of each machine starts, watches and ends the managed servers there. Servers given by URL
+    are rank 0's.
 
     Args:
         model_path: Hugging Face folder that managed servers start from, and given ones must match.
@@ -59,6 +68,11 @@ class Fleet:
         self._dtype = dtype
         self._log_folder = log_folder
         self._managed = config.managed
+        self._acts = first_of_its_machine(groups.rank) if config.managed else groups.rank == 0
+        self._machine = int(os.environ.get("GROUP_RANK", 0))
+        machines = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+        self.address = own_address(config.address, machines if config.managed else 1)
+        """Where servers, and other machines, reach this one."""
         self._processes: dict[int, ServerProcess] = {}
         self._restarts_left = config.launch.max_restarts
         self._dropped: dict[str, int] = {}
@@ -67,10 +81,14 @@ class Fleet:
         """Different for every run, so that process groups of two runs have different names."""
         self.ranks: dict[str, int]
         """URL of each server -> its tensor-parallel size."""
-        self.id, self.ranks = self._everywhere(lambda: (uuid.uuid4().hex[:8], self._open()))
+        opened = self._everywhere(lambda: (uuid.uuid4().hex[:8], self._open()))
+        self.id = opened[0][0]
+        self.ranks = {url: size for _, ranks in opened for url, size in ranks.items()}
+        if len(opened) > 1:
+            self._everywhere(self._reach_all)
 
     def exited(self) -> dict[str, str]:
-        """Managed servers whose process has ended, by URL; on rank 0."""
+        """Managed servers that this rank has started and whose process has ended, by URL."""
         return {p.url: p.death() for p in self._processes.values() if not p.is_alive()}
 
     def replace(self, dead: Mapping[str, str]) -> None:
@@ -78,11 +96,21 @@ class Fleet:
 
         Raises FleetLost on every rank when none is left.
         """
-        before = set(self.ranks)
-        self.ranks = self._everywhere(lambda: self._replaced(dead))
+        left = {url: size for url, size in self.ranks.items() if url not in dead}
+        parts = self._everywhere(lambda: self._replaced(dead))
+        for up, _ in parts:
+            left |= up
+        failures = [failure for _, failed in parts for failure in failed]
+        if not left:
+            self.close()
+            reasons = "; ".join([*(f"{url}: {reason}" for url, reason in dead.items()), *failures])
+            raise FleetLost(f"no SGLang server is left ({reasons})")
+        for failure in failures if self._groups.rank == 0 else ():
+            log.warning("a server could not be started again; %d are left: %s", len(left), failure)
         if not self._managed:
-            for url in before - set(self.ranks):
+            for url in set(self.ranks) - set(left):
                 self._dropped.setdefault(url, self._config.launch.max_restarts)
+        self.ranks = left
 
     def take_back(self) -> list[str]:
         """Of the servers given by URL that were dropped, those that answer again and serve the model: they
@@ -92,7 +120,7 @@ class Fleet:
         """
         if self._config.router or not any(self._dropped.values()):
             return []
-        back = self._everywhere(self._back)
+        (back,) = self._everywhere(self._back)
         for url in back:
             self._dropped[url] -= 1
         self.ranks |= back
@@ -114,20 +142,29 @@ class Fleet:
         stop_servers(self._processes.values())
         self._processes.clear()
 
-    def _everywhere(self, action: Callable[[], T]) -> T:
-        """What the action gives on rank 0, on every rank; its failure too."""
+    def _everywhere(self, action: Callable[[], T]) -> list[T]:
+        """What the action gives on each rank that acts, in their order, on every rank; its failures too."""
         outcome: tuple[Any, str | None] | None = None
         cause: Exception | None = None
-        if self._groups.rank == 0:
+        if self._acts:
             try:
                 outcome = action(), None
             except Exception as error:
-                self.close()
                 outcome, cause = (None, str(error)), error
-        value, message = platform.gather_objects(outcome, self._groups.world)[0]
-        if message is not None:
-            raise FleetLost(message) from cause
-        return value
+        outcomes = [o for o in platform.gather_objects(outcome, self._groups.world) if o is not None]
+        if messages := [message for _, message in outcomes if message is not None]:
+            self.close()
+            raise FleetLost("; ".join(dict.fromkeys(messages))) from cause
+        return [value for value, _ in outcomes]
+
+    def _reach_all(self) -> None:
+        """Raises ServerFailed where another machine's server does not answer here."""
+        for url in self.ranks:
+            if not answers(url + "/model_info", timeout=_ASK_SECONDS):
+                raise ServerFailed(
+                    f"rollout.sglang.address: machine {self._machine} does not reach {url}, which another "
+                    "machine has started; give each machine the address at which the others reach it"
+                )
 
     def _open(self) -> dict[str, int]:
         if self._config.router or self._config.urls:
@@ -141,13 +178,14 @@ class Fleet:
         return dict(self._ready(n) for n in numbers)
 
     def _start(self, number: int) -> None:
-        """A server's process; its number chooses devices and log file."""
+        """A server's process; its number on this machine chooses devices and log file."""
         self._processes[number] = ServerProcess(
             self._model_path,
             self._config.launch,
             number=number,
             dtype=self._dtype,
-            log_file=self._log_folder / f"server_{number}.log",
+            log_file=self._log_folder / f"server_{self._machine * self._config.launch.count + number}.log",
+            host=self.address,
             colocate=self._config.colocate,
         )
 
@@ -177,8 +215,8 @@ class Fleet:
                 self._processes.pop(n).stop()
         return up, list(failures.values())
 
-    def _replaced(self, dead: Mapping[str, str]) -> dict[str, int]:
-        left = {url: size for url, size in self.ranks.items() if url not in dead}
+    def _replaced(self, dead: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
+        """Of this rank's servers, those that were started again; and why others were not."""
         again = []
         ended = {n: process for n, process in self._processes.items() if process.url in dead}
         stop_servers(ended.values())
@@ -190,14 +228,35 @@ class Fleet:
                 again.append(n)
             else:
                 log.warning("SGLang server %s stays dead: no restarts are left", process.url)
-        for url in dead:
-            if not self._managed:
-                log.warning("SGLang server %s is dropped until it answers again (%s)", url, dead[url])
-        up, failures = self._started_again(again)
-        left |= up
-        if not left:
-            reasons = "; ".join([*(f"{url}: {reason}" for url, reason in dead.items()), *failures])
-            raise FleetLost(f"no SGLang server is left ({reasons})")
-        for failure in failures:
-            log.warning("a server could not be started again; %d are left: %s", len(left), failure)
-        return left
+        for url in dead if not self._managed else ():
+            log.warning("SGLang server %s is dropped until it answers again (%s)", url, dead[url])
+        return self._started_again(again)
+
+
+def first_of_its_machine(rank: int) -> bool:
+    """Whether this rank is the first that torchrun started on its machine; without torchrun, of all."""
+    return os.environ.get("LOCAL_RANK", str(rank)) == "0"
+
+
+def own_address(setting: str, machines: int) -> str:
+    """Where servers and other machines reach this one.
+
+    Args:
+        setting: rollout.sglang.address. Its default stands for one machine alone; on several, the address
+            with which this one reaches torchrun's MASTER_ADDR, or else the default route, takes its place.
+        machines: that have a part in it.
+    """
+    if setting == "hostname":
+        return socket.gethostname()
+    if machines == 1 or setting != SGLangConfig.model_fields["address"].default:
+        return setting
+    for towards in (os.environ.get("MASTER_ADDR", ""), _ANY_ADDRESS):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((towards, 9))  # sends nothing
+            address = str(probe.getsockname()[0])
+            if not address.startswith("127."):
+                return address
+    raise ServerFailed(
+        "rollout.sglang.address: this machine has no address at which other machines reach it but "
+        f"{setting}; name one"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -15,14 +16,13 @@ from typing import Any
 
 import psutil
 
-from megatron_dgpo import jsontext, platform
+from megatron_dgpo import jsontext, platform, torchrun
 from megatron_dgpo.config import LaunchConfig
 from megatron_dgpo.progress import progress
 from megatron_dgpo.rollout.sglang.launcher import WITHOUT_GPU
 
 log = logging.getLogger(__name__)
 
-_HOST = "127.0.0.1"
 _POLL_SECONDS = 0.25
 _END_SECONDS = 10.0
 _TAIL_LINES = 15
@@ -65,6 +65,10 @@ _CPU_ENVIRONMENT = {
 }
 
 
+_OWNER = "MEGATRON_DGPO_SERVER_OWNER"
+"""Environment variable of every process of a server: its log file, and the process that started it."""
+
+
 class ServerFailed(RuntimeError):
     """A server did not come up, or is not what the run needs."""
 
@@ -77,10 +81,11 @@ class ServerProcess:
 
     Args:
         model_path: Hugging Face folder; only its config is read.
-        number: of the server in the run, from 0; chooses its devices.
+        number: of the server on this machine, from 0; chooses its devices.
         dtype: of weights and activations.
         log_file: the server's output is appended to it.
         colocate: on the trainer's GPUs, with memory that can be given up.
+        host: the address that it listens on.
 
     Raises:
         ServerFailed: where the interpreter is missing, or the port that is asked for is taken.
@@ -95,6 +100,7 @@ class ServerProcess:
         dtype: str,
         log_file: Path,
         colocate: bool = False,
+        host: str = "127.0.0.1",
     ) -> None:
         if not launch.python.is_file():
             raise ServerFailed(
@@ -106,14 +112,16 @@ class ServerProcess:
         self._number = number
         self._dtype = dtype
         self._colocate = colocate
+        self._host = host
         self.log_file = log_file
         self._tries = 0
         self._started = time.monotonic()
+        end_left_over(log_file)
         self._start()
 
     @property
     def url(self) -> str:
-        return f"http://{_HOST}:{self._port}"
+        return f"http://{self._host}:{self._port}"
 
     @property
     def pid(self) -> int:
@@ -121,7 +129,7 @@ class ServerProcess:
 
     def _start(self) -> None:
         self._tries += 1
-        self._reserved = _reserve(int(self._launch.args.get("port", 0)))
+        self._reserved = _reserve(self._host, int(self._launch.args.get("port", 0)))
         self._port = int(self._reserved.getsockname()[1])
         self.log_file.parent.mkdir(parents=True, exist_ok=True)
         command = [str(self._launch.python.absolute()), str(Path(__file__).with_name("launcher.py"))]
@@ -144,7 +152,7 @@ class ServerProcess:
         first = self._number * self._launch.tensor_parallel_size
         own: dict[str, Any] = dict(
             model_path=self._model_path,
-            host=_HOST,
+            host=self._host,
             tp_size=self._launch.tensor_parallel_size,
             dtype=self._dtype,
             load_format="dummy",  # the first sync brings the weights
@@ -157,6 +165,7 @@ class ServerProcess:
     def _environment(self) -> dict[str, str]:
         env = _own_environment()
         env |= dict(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", PYTHONUNBUFFERED="1")
+        env[_OWNER] = _owner(self.log_file, os.getpid())
         env["PYTHONSAFEPATH"] = "1"  # the launcher's neighbours are none of the server's modules
         # SGLang compiles kernels with tools of its own environment (ninja).
         own = str(self._launch.python.absolute().parent)
@@ -269,6 +278,37 @@ def stop_servers(servers: Collection[ServerProcess]) -> None:
         server.stop()
 
 
+def end_left_over(log_file: Path) -> None:
+    """End what is left of servers with this log file whose trainer has ended, such as one that torchrun has
+    started again since: they end by themselves, but not at once, and have ports and the GPUs' memory."""
+    left = {p for p in psutil.process_iter() if _is_left_over(p, log_file)}
+    if not left:
+        return
+    log.warning("ending SGLang processes %s of a trainer that is gone", sorted(p.pid for p in left))
+    for process in left:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(list(left), timeout=_END_SECONDS)
+
+
+def _is_left_over(process: psutil.Process, log_file: Path) -> bool:
+    try:
+        owner = process.environ().get(_OWNER, "")
+    except (psutil.Error, OSError):  # it has ended, or is somebody else's
+        return False
+    file, _, trainer = owner.rpartition(" ")
+    if file != str(log_file.absolute()):
+        return False
+    return owner != _owner(log_file, int(trainer.partition("-")[0]))
+
+
+def _owner(log_file: Path, trainer: int) -> str:
+    """The number of a process may be another's by now, and the time of its start tells."""
+    return f"{log_file.absolute()} {trainer}-{torchrun.start_time(trainer)}"
+
+
 def _own_environment() -> dict[str, str]:
     """This process's, without what would mislead another interpreter."""
     return {k: v for k, v in os.environ.items() if not k.startswith(_TORCHRUN)}
@@ -319,7 +359,7 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def _reserve(wanted: int) -> socket.socket:
+def _reserve(host: str, wanted: int) -> socket.socket:
     """A socket that holds that port, or with 0 one that is free, for the server until it listens.
 
     Loading takes a minute in which any connection could get the port as its own end. While this socket is
@@ -329,11 +369,13 @@ def _reserve(wanted: int) -> socket.socket:
     holder = socket.socket()
     holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        holder.bind((_HOST, wanted))
+        holder.bind((host, wanted))
     except OSError as error:
         holder.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ServerFailed(f"rollout.sglang.address: {host} is no address of this machine") from error
         raise ServerFailed(
-            f"rollout.sglang.launch.args.port: {_HOST}:{wanted} is in use; choose another, or none"
+            f"rollout.sglang.launch.args.port: {host}:{wanted} is in use; choose another, or none"
         ) from error
     return holder
 
