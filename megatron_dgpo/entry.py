@@ -335,7 +335,9 @@ def claim(folder: Path) -> IO[str] | None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
     file = (folder / _LOCK).open("a+")
-    deadline = time.monotonic() + (_LEAVING_SECONDS if torchrun.number() else 0)
+    # The count alone does not tell: torchrun does not count a start that another machine's failure caused.
+    again = torchrun.number() > 0 or torchrun.began_here(folder / _LOCK)
+    deadline = time.monotonic() + (_LEAVING_SECONDS if again else 0)
     while not _locked(file, folder):
         if time.monotonic() >= deadline:
             file.close()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from megatron_dgpo import torchrun
+from megatron_dgpo import entry, torchrun
 from megatron_dgpo.cli import ConfigError
 from megatron_dgpo.entry import _goes_on, claim
 
@@ -63,7 +63,10 @@ def test_ranks_meet_under_a_new_name_at_each_start() -> None:
         torchrun.meet(server, 1, 3, 0.1)
 
 
-def test_a_run_goes_on_where_its_own_launch_began_it(tmp_path: Path, launched) -> None:
+def test_a_run_goes_on_where_its_own_launch_began_it(
+    tmp_path: Path, launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entry, "_LEAVING_SECONDS", 0.3)
     config = SimpleNamespace(run=SimpleNamespace(resume=False, folder=tmp_path))
     assert not _goes_on(config)
     (tmp_path / ".lock").write_text("another machine's agent")
@@ -75,7 +78,10 @@ def test_a_run_goes_on_where_its_own_launch_began_it(tmp_path: Path, launched) -
     assert lock is not None and not (tmp_path / torchrun.FOLDER).exists()
     with pytest.raises(ConfigError, match="another run is writing"):
         claim(tmp_path)
-    lock.close()
+    threading.Timer(0.1, lock.close).start()  # as a process that an earlier start has left over
+    again = claim(tmp_path)
+    assert again is not None
+    again.close()
     assert _goes_on(config)
     launched(1, 1)
     assert _goes_on(config)
