@@ -1,7 +1,7 @@
 """What a run will do, from its settings and the model's config.json alone.
 
-Who computes what, how many samples and tokens, what the weights take. A dry run prints it; it needs
-neither torch nor a GPU.
+Who computes what, how many samples and tokens, what weights and checkpoints take. A dry run prints it; it
+needs neither torch nor a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 from megatron_dgpo.config import Config
 
 GIB = 1 << 30
+BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a number, by its precision."""
 
 
 def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None, *, local: int) -> list[str]:
@@ -29,6 +31,8 @@ def plan(config: Config, world_size: int, hf: Mapping[str, Any] | None, *, local
     ]
     if hf is not None:
         lines += _weights(config, replica, dp, hf)
+        lines += _reference(config, replica, dp, local, hf)
+        lines += _checkpoints(config, replica, dp, local, hf)
     return lines
 
 
@@ -77,17 +81,70 @@ def _engines(config: Config, local: int, machines: int) -> Iterator[str]:
 
 def _weights(config: Config, replica: int, dp: int, hf: Mapping[str, Any]) -> Iterator[str]:
     count = num_parameters(hf)
-    size = {"float32": 4, "bfloat16": 2}[config.model.params_dtype]
+    size = BYTES[config.model.params_dtype]
     local = count / replica
     # Gradients are summed in float32; Adam has two averages, and a float32 copy of 2-byte weights.
     adam = 8 if size == 4 else 12
-    models = 2 if config.algorithm.name == "ppo" else 1
-    parts = [models * local * n / GIB for n in (size, 4, adam / dp)]
+    parts = [_models(config) * local * n / GIB for n in (size, 4, adam / dp)]
     yield (
         f"weights: {count / 1e9:,.4g} billion in {config.model.params_dtype}; a rank holds about "
         f"{parts[0]:,.3g} GiB of weights, {parts[1]:,.3g} of gradients and {parts[2]:,.3g} of Adam's state: "
         f"{sum(parts):,.3g} GiB and the activations"
     )
+
+
+def _models(config: Config) -> int:
+    """How many are trained."""
+    return 2 if config.algorithm.name == "ppo" else 1
+
+
+def _reference(config: Config, replica: int, dp: int, local: int, hf: Mapping[str, Any]) -> Iterator[str]:
+    """What the reference takes, and of host memory what it takes on a machine of `local` ranks."""
+    a, size = config.algorithm, BYTES[config.model.params_dtype]
+    if a.credit != "distribution" and not getattr(a, "kl_coef", 0.0):
+        return
+    weights = num_parameters(hf) / replica * size / GIB
+    # Those that are in the model's place have the other ones beside them.
+    in_host = f"{2 * weights:,.3g} GiB of host memory a rank, {2 * weights * local:,.3g} a machine"
+    if config.parallel.device == "cpu" or config.model.reference_placement == "device":
+        yield f"reference: {weights:,.3g} GiB more a rank, beside the weights"
+    elif config.model.reference_placement == "host":
+        yield f"reference: {in_host}"
+    else:
+        yield (
+            f"reference: {weights:,.3g} GiB more a rank on GPUs of {math.ceil(16 * weights):,} GiB and more, "
+            f"else {in_host}"
+        )
+    if a.credit_timing == "update":
+        t, longest = config.train, config.data.max_prompt_tokens + config.rollout.max_new_tokens
+        tokens = t.prompts_per_step * t.samples_per_prompt // dp * longest
+        kept = tokens * hf["hidden_size"] * size / config.parallel.tensor_model_parallel_size / GIB
+        yield (
+            f"reference: up to {kept:,.3g} GiB of its hidden states wait for the updates on a rank of the "
+            "last stage (algorithm.credit_timing = 'rollout' keeps none)"
+        )
+
+
+def _checkpoints(config: Config, replica: int, dp: int, local: int, hf: Mapping[str, Any]) -> Iterator[str]:
+    """Disk, time and host memory of a save: the weights, and in float32 their copy and Adam's averages."""
+    c, t = config.checkpoint, config.train
+    each = _models(config) * num_parameters(hf) * (BYTES[config.model.params_dtype] + 12)
+    saves = math.ceil(t.steps / c.every) if c.every else 1
+    kept = c.keep_last + (c.keep_best and bool(config.evaluation.data)) + 1 if c.keep_last else saves
+    often = f"every {c.every} steps" if c.every else "at the end"
+    at_once = min(saves, kept)
+    yield (
+        f"checkpoints: {each / 1e9:,.3g} GB {often}, at most {at_once} at a time: "
+        f"{at_once * each / 1e9:,.4g} GB of disk; where all ranks together write 1 GB/s a save takes "
+        f"{each / 1e9:,.0f} s, and reads it once for checksums; a rank may write for "
+        f"{c.timeout_seconds:,} s (checkpoint.timeout_seconds)"
+    )
+    if config.parallel.device != "cpu":
+        copy = each / replica / dp / GIB
+        yield (
+            f"host memory of a save: what a rank writes, {copy:,.3g} GiB, and {copy * local:,.3g} on a "
+            f"machine with {local} ranks"
+        )
 
 
 def num_parameters(hf: Mapping[str, Any]) -> int:

@@ -100,6 +100,7 @@ class RunFolder:
             groups,
             keep_last=config.checkpoint.keep_last,
             keep_best=config.checkpoint.keep_best,
+            timeout_seconds=config.checkpoint.timeout_seconds,
         )
         self.hf = self.path / "hf"
         self.metrics: MetricsWriter | None = None

@@ -37,6 +37,7 @@ def run(config: Config, groups: Groups, data: Data) -> None:
         trainer.evaluate_when_due(state, folder)
 
     stopping = stop.on_any_rank(groups)
+    checkpoints, every = folder.checkpoints, config.checkpoint.every
     while state.step < config.train.steps and not stopping:
         with trainer.timer("step"):
             with trainer.timer("generate"):
@@ -46,16 +47,22 @@ def run(config: Config, groups: Groups, data: Data) -> None:
                 minibatches, sums = trainer.prepare(rollout.minibatches, state.step)
             with trainer.timer("update"):
                 sums.merge(trainer.update(minibatches, folder, state.step))
-            state.step += 1
-            with trainer.timer("sync"):
-                trainer.push(state.step)
-            torchrun.reached(state.step)
+        state.step += 1
+        stopping = stop.on_any_rank(groups)
+        due = stopping or state.step == config.train.steps or (every > 0 and state.step % every == 0)
+        if due:
+            with trainer.timer("save"):  # before servers on these GPUs take their memory back
+                checkpoints.write(trainer.policy, state.step, critic)
+        with trainer.timer("step"), trainer.timer("sync"):
+            trainer.push(state.step)
+        torchrun.reached(state.step)
         trainer.record(state, folder, rollout, sums)
         trainer.evaluate_when_due(state, folder)
         stopping = stop.on_any_rank(groups)
-        every = config.checkpoint.every
-        if stopping or state.step == config.train.steps or (every and state.step % every == 0):
-            folder.checkpoints.save(trainer.policy, state.to_json(groups, config.evaluation.k), critic)
+        if stopping and not due:
+            checkpoints.write(trainer.policy, state.step, critic)
+        if stopping or due:
+            checkpoints.complete(state.to_json(groups, config.evaluation.k))
     if state.step < config.train.steps:
         console.log(f"asked to stop after step {state.step}; go on with --resume")
     else:

@@ -323,6 +323,8 @@ class CheckpointConfig(Section):
     """How many of the newest to keep; 0 keeps all."""
     keep_best: bool = True
     """Keep the one with the best held-out avg@k too."""
+    timeout_seconds: PositiveInt = 1800
+    """How long a rank may take to write its part of a checkpoint before it ends with an error."""
     export_hf: bool = True
     """Write the final policy as a Hugging Face folder."""
 

@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from megatron_dgpo import jsontext, platform
 from megatron_dgpo.mcore.files import (
@@ -36,7 +38,8 @@ from megatron_dgpo.mcore.files import (
     write_digests,
 )
 from megatron_dgpo.mcore.model import PolicyModel
-from megatron_dgpo.mcore.policy import Policy, inner_optimizers
+from megatron_dgpo.mcore.optimizer_state import take, to_load, to_save
+from megatron_dgpo.mcore.policy import Policy, the_optimizer
 from megatron_dgpo.progress import progress
 
 log = logging.getLogger(__name__)
@@ -48,7 +51,6 @@ put a copy of a checkpoint beside it."""
 _STATE_FILE = "run_state.json"
 CRITIC_FOLDER = "critic"
 _REMEDY = "remove this folder to go on from the checkpoint before it"
-_SAVE_LIMIT_SECONDS = 1800
 
 
 @dataclass(frozen=True)
@@ -66,15 +68,23 @@ class CheckpointStore:
         folder: `<run>/checkpoints`.
         keep_last: how many of the newest to keep (0 keeps all).
         keep_best: also keep the one whose state has the highest "score".
+        timeout_seconds: how long writing one may take before this rank ends with its tracebacks.
     """
 
     def __init__(
-        self, folder: Path, groups: platform.Groups, *, keep_last: int = 0, keep_best: bool = False
+        self,
+        folder: Path,
+        groups: platform.Groups,
+        *,
+        keep_last: int = 0,
+        keep_best: bool = False,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         self.folder = folder
         self.groups = groups
         self.keep_last = keep_last
         self.keep_best = keep_best
+        self.timeout_seconds = timeout_seconds
         if groups.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.iterdir():
@@ -106,13 +116,30 @@ class CheckpointStore:
     def save(self, policy: Policy, state: dict[str, Any], critic: Policy | None = None) -> Path:
         """Write everything a resumed run needs; `state` (JSON) must hold "step". A critic has a folder of its
         own in the checkpoint's."""
-        final = self.folder / f"step_{state['step']:08d}"
+        self.write(policy, state["step"], critic)
+        return self.complete(state)
+
+    def write(self, policy: Policy, step: int, critic: Policy | None = None) -> None:
+        """The large part of a save, which is no checkpoint before `complete`."""
+        final = self._folder(step)
         partial = final.with_suffix(".partial")
         if self.groups.rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
         with progress(f"saving {final}"):
-            self._write(policy, partial, state, critic)
+            _save(policy, partial, self.timeout_seconds)
+            if critic is not None:
+                _save(critic, partial / CRITIC_FOLDER, self.timeout_seconds)
+            if self.groups.rank == 0:
+                flush_to_disk(partial, contents=True)
+
+    def complete(self, state: dict[str, Any]) -> Path:
+        """Give what `write` wrote for this step its state and its name, and remove what is not kept."""
+        final = self._folder(state["step"])
+        partial = final.with_suffix(".partial")
         if self.groups.rank == 0:
+            (partial / _STATE_FILE).write_text(json.dumps(state, indent=1))
+            flush_to_disk(partial / _STATE_FILE, contents=False)
+            flush_to_disk(partial, contents=False)
             replaced = partial.with_suffix(".old.partial")
             if final.exists():  # out of the way at once: half deleted, it would look complete
                 final.rename(replaced)
@@ -123,18 +150,13 @@ class CheckpointStore:
         _barrier(self.groups)
         return final
 
-    def _write(self, policy: Policy, folder: Path, state: dict[str, Any], critic: Policy | None) -> None:
-        _save(policy, folder)
-        if critic is not None:
-            _save(critic, folder / CRITIC_FOLDER)
-        if self.groups.rank == 0:
-            (folder / _STATE_FILE).write_text(json.dumps(state, indent=1))
-            flush_to_disk(folder, contents=True)
+    def _folder(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
 
     def rewrite_state(self, state: dict[str, Any]) -> None:
         """Replace what stands beside the weights of the checkpoint at `state["step"]`."""
         if self.groups.rank == 0:
-            path = self.folder / f"step_{state['step']:08d}" / _STATE_FILE
+            path = self._folder(state["step"]) / _STATE_FILE
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(state, indent=1))
             os.replace(partial, path)
@@ -155,16 +177,17 @@ class CheckpointStore:
                 shutil.rmtree(doomed)
 
 
-def _save(policy: Policy, folder: Path) -> None:
+def _save(policy: Policy, folder: Path, limit: float) -> None:
     """Weights, optimizer, schedule and generators, and the digests of their files."""
     groups = policy.groups
     if groups.rank == 0:
         folder.mkdir(parents=True)
     _barrier(groups)
-    with _time_limit(), platform.megatron_calls():
+    with _time_limit(limit), platform.megatron_calls():
         dist_checkpointing.save(
             _sharded_state(policy, loading=False),
             str(folder),
+            _shared_out(groups),
             validate_access_integrity=True,
             content_metadata=content_metadata(policy.model.shape),
         )
@@ -174,10 +197,16 @@ def _save(policy: Policy, folder: Path) -> None:
         write_digests(folder, files)
 
 
+def _shared_out(groups: platform.Groups) -> Any:
+    """How files are written: data-parallel ranks share out what each of them has, such as the weights."""
+    strategy = get_default_save_sharded_strategy("torch_dist")
+    return FullyParallelSaveStrategyWrapper(strategy, groups.dp) if groups.dp.size() > 1 else strategy
+
+
 @contextmanager
-def _time_limit() -> Iterator[None]:
+def _time_limit(seconds: float) -> Iterator[None]:
     """Megatron waits without a limit for the processes that it forks to write files."""
-    faulthandler.dump_traceback_later(_SAVE_LIMIT_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(seconds, exit=True)
     try:
         yield
     finally:
@@ -190,38 +219,21 @@ def _barrier(groups: platform.Groups) -> None:
 
 
 def _sharded_state(policy: Policy, *, loading: bool) -> dict[str, Any]:
-    metadata = dict(METADATA)  # Megatron writes a process group into it
-    model = policy.ddp.module.sharded_state_dict(metadata=metadata)
+    model = policy.ddp.module.sharded_state_dict(metadata=dict(METADATA))
     groups = policy.groups
-    with _padded_buckets(policy):
-        optimizer = policy.optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
+    optimizer = the_optimizer(policy.optimizer)
     return {
         "model": model,
-        "optimizer": optimizer,
+        "optimizer": {
+            **optimizer.state_dict(),
+            "param_state": (to_load if loading else to_save)(optimizer, model),
+            "param_state_sharding_type": METADATA["distrib_optim_sharding_type"],
+        },
         "scheduler": policy.scheduler.state_dict(),
         # Generators differ by rank; with another number of ranks they cannot be restored, and
         # nothing in a run draws from them (sampling and shuffling are seeded by step).
         "rng": ShardedObject("rng", _rng_state(), (groups.world_size,), (groups.rank,)),
     }
-
-
-@contextmanager
-def _padded_buckets(policy: Policy) -> Iterator[None]:
-    """Megatron lays the optimizer's state out without the padding at the ends of buckets and then takes each
-    parameter from where it is with that padding. A tied embedding on several pipeline stages has a bucket
-    of its own, the second, and would be saved from beside its place. Here all of a bucket counts as used."""
-    buffers = [b for inner in inner_optimizers(policy.optimizer) for b in inner.buffers]
-    parts = [part for buffer in buffers for part in (buffer, *buffer.buckets)]
-    before = [part.numel_unpadded for part in parts]
-    for buffer in buffers:
-        buffer.numel_unpadded = buffer.numel
-        for bucket in buffer.buckets:
-            bucket.numel_unpadded = bucket.grad_data.numel()
-    try:
-        yield
-    finally:
-        for part, numel in zip(parts, before, strict=True):
-            part.numel_unpadded = numel
 
 
 def _rng_state() -> dict[str, Any]:
@@ -260,7 +272,6 @@ def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None
 
 def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
     with platform.megatron_calls():
-        _accept_missing_step(policy)
         wanted = _sharded_state(policy, loading=True)
         same_ranks = checkpoint.state.get("world_size") == policy.groups.world_size
         if not same_ranks:
@@ -269,7 +280,10 @@ def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
         wanted["model"] = _tensors(wanted["model"])
         loaded = _load(wanted, checkpoint.path)
         _put_weights(policy.model, wanted["model"], loaded["model"], checkpoint.path)
-        policy.optimizer.load_state_dict(loaded["optimizer"])
+        state = loaded["optimizer"].pop("param_state")
+        optimizer = the_optimizer(policy.optimizer)
+        optimizer.load_state_dict(loaded["optimizer"])
+        take(optimizer, state)
         policy.scheduler.load_state_dict(loaded["scheduler"])
     _separate_steps(policy)
     if same_ranks:
@@ -309,30 +323,13 @@ def _put_weights(model: PolicyModel, wanted: dict[str, Any], loaded: dict[str, A
         raise RuntimeError(f"{folder}: not loaded: {missing}; not expected: {unexpected}")
 
 
-def _accept_missing_step(policy: Policy) -> None:
-    """torch's Adam counts steps in a tensor of its state, which the checkpoint format holds per
-    parameter group instead; Megatron's loader looks for it among the sharded tensors."""
-    for optimizer in inner_optimizers(policy.optimizer):
-        original = optimizer._set_main_param_and_optimizer_states
-
-        def with_step(
-            model_param: Any, tensors: dict, optimizer: Any = optimizer, original: Any = original
-        ) -> None:
-            group, order = optimizer.model_param_group_index_map[model_param]
-            main = optimizer.optimizer.param_groups[group]["params"][order]
-            step = optimizer.optimizer.state[main].get("step")
-            original(model_param, tensors if step is None else {**tensors, "step": step})
-
-        optimizer._set_main_param_and_optimizer_states = with_step
-
-
 def _separate_steps(policy: Policy) -> None:
     """Megatron hands one step tensor to all parameters; torch's Adam would count it up once for
     each of them. Transformer Engine's kernels take an integer, and torch's Adam saved a float."""
-    for optimizer in inner_optimizers(policy.optimizer):
-        for group in optimizer.optimizer.param_groups:
-            if isinstance(group.get("step"), float):
-                group["step"] = int(group["step"])
-        for state in optimizer.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
+    optimizer = the_optimizer(policy.optimizer).optimizer
+    for group in optimizer.param_groups:
+        if isinstance(group.get("step"), float):
+            group["step"] = int(group["step"])
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()

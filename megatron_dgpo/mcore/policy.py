@@ -68,6 +68,7 @@ def optimizer_config(c: Any, params_dtype: torch.dtype) -> OptimizerConfig:
         bf16=params_dtype == torch.bfloat16,
         params_dtype=params_dtype,
         use_distributed_optimizer=True,
+        store_param_remainders=False,  # a checkpoint has weights, and not the bits that bfloat16 lacks
     )
     return OptimizerConfig(**{**defaults, **OPTIMIZER.values(c.megatron)})
 
@@ -139,8 +140,7 @@ class Policy:
     def _build_optimizer(self, c: Any) -> Any:
         config = optimizer_config(c, self.config.params_dtype)
         optimizer = get_megatron_optimizer(config, [self.ddp], use_gloo_process_groups=platform.has_gpu())
-        for inner in inner_optimizers(optimizer):
-            allocate_state(inner.optimizer)
+        allocate_state(the_optimizer(optimizer).optimizer)
         return optimizer
 
     # --- passes -----------------------------------------------------------------------------------
@@ -300,9 +300,10 @@ def _schedule(
         )
 
 
-def inner_optimizers(optimizer: Any) -> list[Any]:
-    """Megatron's optimizers inside a chained one."""
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
+def the_optimizer(optimizer: Any) -> Any:
+    """Megatron's distributed optimizer inside its chain, which for a dense model has one."""
+    (inner,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return inner
 
 
 def allocate_state(optimizer: Any) -> None:

@@ -16,7 +16,7 @@ class LazyAdam(torch.optim.Optimizer):
     def __init__(
         self, params: Any, lr: float, betas: Any, eps: float, weight_decay: float, **options: Any
     ) -> None:
-        assert options.pop("adam_w_mode", True) and not options, options
+        assert options.pop("adam_w_mode", True) and not options.pop("capturable", False) and not options
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.store_param_remainders = False
 

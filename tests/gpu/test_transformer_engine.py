@@ -68,7 +68,7 @@ def specs(folder):
 def checkpoints(folder):
     """FusedAdam before its first update and after it, restored; and the torch spec's checkpoints under it."""
     from megatron_dgpo.mcore.checkpoint import CheckpointStore, restore
-    from megatron_dgpo.mcore.policy import inner_optimizers
+    from megatron_dgpo.mcore.policy import the_optimizer
 
     c = config(folder / "model", dtype="bfloat16")
     out = {}
@@ -76,7 +76,7 @@ def checkpoints(folder):
         for saved in ("transformer_engine", "torch"):
             for updates in (0, 2):
                 policy = policy_of(c, groups, layer_spec=saved)
-                out["optimizer"] = type(inner_optimizers(policy.optimizer)[0].optimizer).__name__
+                out["optimizer"] = type(the_optimizer(policy.optimizer).optimizer).__name__
                 for _ in range(updates):
                     work(policy)
                 store = CheckpointStore(folder / f"{saved}{updates}", groups)

@@ -72,6 +72,30 @@ def test_plan_of_the_7b_recipe() -> None:
     assert "about 3.55 GiB of weights, 7.09 of gradients and 21.3 of Adam's state: 31.9 GiB" in text
 
 
+def test_memory_disk_and_time_of_the_32b_recipe() -> None:
+    """32.764e9 parameters on 16 ranks a replica: 14 bytes of each in a checkpoint, 2 in the reference."""
+
+    def text(**sections: Any) -> str:
+        return "\n".join(plan(recipe("qwen2.5-32b", **sections), 32, hf("qwen2.5-32b"), local=8))
+
+    said = text()
+    assert "checkpoints: 459 GB every 10 steps, at most 4 at a time: 1,835 GB of disk" in said
+    assert "write 1 GB/s a save takes 459 s" in said and "a rank may write for 3,600 s" in said
+    assert "host memory of a save: what a rank writes, 13.3 GiB, and 107 on a machine with 8 ranks" in said
+    assert "reference: 3.81 GiB more a rank on GPUs of 62 GiB and more, else 7.63 GiB of host memory" in said
+    assert "a rank, 61 a machine" in said and "hidden states" not in said
+    # 8,192 samples on 2 replicas, of 18,432 tokens, 5,120 numbers of 2 bytes, shared by 8 ranks.
+    assert "reference: up to 90 GiB of its hidden states" in text(algorithm={"credit_timing": "update"})
+    assert "reference" not in text(algorithm={"name": "grpo"})
+    assert "reference: 7.63 GiB of host memory a rank" in text(model={"reference_placement": "host"})
+    all_kept = text(algorithm={"name": "ppo"}, checkpoint={"keep_last": 0, "every": 50})
+    assert "checkpoints: 917 GB every 50 steps, at most 4 at a time: 3,670 GB" in all_kept
+    last = text(checkpoint={"every": 0}, parallel={"device": "cpu"})
+    assert (
+        "checkpoints: 459 GB at the end, at most 1 at a time: 458.7 GB" in last and "host memory" not in last
+    )
+
+
 def test_servers_have_the_gpus_after_the_trainers() -> None:
     def engine(local: int, **sglang: Any) -> str:
         launch = {"count": 2, "tensor_parallel_size": 2}
