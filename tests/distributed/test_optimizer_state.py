@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+from patience import patience
 from spawn import run_ranks
 from tiny import config, sequences, split, write_model
 
@@ -14,6 +15,8 @@ from megatron_dgpo.config import OptimizerConfig
 
 OPTIMIZER = OptimizerConfig(lr=1e-2, clip_grad=0.5, adam_eps=1e-3)
 """With this eps a difference of d between two gradients moves a weight by at most 10 d."""
+LIMIT = patience() + 77
+"""Seconds of a save, which no other wait has."""
 SPLITS = {"DP=4": 1, "TP=2 DP=2": 2}
 """Name -> tensor-parallel size, of four ranks."""
 AVERAGES = ("exp_avg", "exp_avg_sq")
@@ -109,7 +112,7 @@ def four_ranks(rank, world_size, folder):
             train(policy, 2)
             out[saved, "travels"] = what_travels(policy)
             store, megatrons = (
-                CheckpointStore(folder / f"{saved}{kind}", groups, timeout_seconds=777)
+                CheckpointStore(folder / f"{saved}{kind}", groups, timeout_seconds=LIMIT)
                 for kind in ("", "own")
             )
             with mock.patch("faulthandler.dump_traceback_later") as limit:
@@ -162,7 +165,7 @@ def test_a_rank_writes_its_share_and_sends_only_what_is_cut(ranks, saved):
 
 def test_a_save_has_the_limit_of_the_setting(ranks):
     for rank in ranks:
-        assert rank["DP=4", "limits"] == [(777,)]
+        assert rank["DP=4", "limits"] == [(LIMIT,)]
 
 
 @pytest.mark.parametrize("saved", SPLITS)

@@ -499,7 +499,7 @@ def router_of(python: Path, workers: Sequence[str], log_file: Path, **options: A
         disable_retries=True,
         disable_circuit_breaker=True,
         health_check_endpoint="/model_info",
-        request_timeout_secs=3600,
+        request_timeout_secs=int(patience()),
     )
     with log_file.open("ab") as log:
         command = [python, "-c", START_ROUTER, json.dumps({**settings, **options})]
