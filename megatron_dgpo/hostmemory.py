@@ -36,10 +36,8 @@ class HostMemory:
             if self._used[n] + room <= block.numel():
                 break
         else:
-            n, block = (
-                len(self._blocks),
-                torch.empty(max(_BLOCK, room), dtype=torch.uint8, pin_memory=True),
-            )
+            n = len(self._blocks)
+            block = torch.empty(max(_BLOCK, room), dtype=torch.uint8, pin_memory=True)
             self._blocks.append(block)
             self._used.append(0)
         start, self._used[n] = self._used[n], self._used[n] + room

@@ -123,6 +123,11 @@ def place_servers(options: argparse.Namespace, gpus: int) -> Places:
     )
 
 
+def _gpus() -> int:
+    """Those that this command may use; none where it computes on the CPU."""
+    return platform.number_of_gpus() if platform.has_gpu() else 0
+
+
 @dataclass(frozen=True)
 class Problems:
     """What is asked."""
@@ -238,7 +243,7 @@ def _sglang(
     options: argparse.Namespace, model: Model, groups: platform.Groups, logs: Path, prompts: list[Prompt]
 ) -> SGLangEngine:
     """Servers with the weights: broadcast from here and proved by the probe, or their own."""
-    places = place_servers(options, platform.number_of_gpus() if platform.has_gpu() else 0)
+    places = place_servers(options, _gpus())
     if places.remark:
         log.warning("%s", places.remark)
     shape, own = model.shape, places.servers_load
@@ -387,7 +392,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         platform.use_device(options.device, 1, "--device")
         if not options.regrade:  # what follows takes long
-            place_servers(options, platform.number_of_gpus() if platform.has_gpu() else 0)
+            place_servers(options, _gpus())
         model = open_model(options)
         problems = load_problems(options, model)
         workers = options.reward_workers

@@ -44,37 +44,44 @@ class Reference:
     def __init__(self, model: PolicyModel, groups: platform.Groups, placement: str) -> None:
         self._model = model
         self.on_device = _stays_on_device(model, groups, placement)
-        named = ((name, p.detach()) for name, p in model.named_parameters())
+        self._parameters = dict(model.named_parameters())
+        """By name; taken once, since a pass by turns asks for them at every micro-batch."""
         self._memory = HostMemory()
         copy = torch.clone if self.on_device else self._memory.copy
-        self._weights = {name: copy(weight) for name, weight in named}
+        self._weights = {name: copy(p.detach()) for name, p in self._parameters.items()}
         self._own: dict[str, Tensor] = {}
         """The policy's weights in host memory, while the reference's are in their place."""
 
     @contextmanager
     def lent(self) -> Iterator[None]:
         """The model has the reference's weights."""
-        parameters = dict(self._model.named_parameters())
         if self.on_device:
-            own = {name: p.data for name, p in parameters.items()}
-            for name, p in parameters.items():
-                p.data = self._weights[name]
+            own = {name: p.data for name, p in self._parameters.items()}
+            self._point_to(self._weights)
             try:
                 yield
             finally:
-                for name, p in parameters.items():
-                    p.data = own[name]
+                self._point_to(own)
             return
-        for name, p in parameters.items():
+        for name, p in self._parameters.items():
             if name in self._own:
                 self._own[name].copy_(p.detach(), non_blocking=True)
             else:
                 self._own[name] = self._memory.copy(p.detach())
-        _fill(parameters, self._weights)
+        self._fill_with(self._weights)
         try:
             yield
         finally:
-            _fill(parameters, self._own)
+            self._fill_with(self._own)
+
+    def _point_to(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.data = weights[name]
+
+    @torch.no_grad()
+    def _fill_with(self, weights: dict[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(weights[name], non_blocking=True)
 
     def windows(self, batches: Sequence[PackedBatch], row_bytes: int) -> Iterator[list[PackedBatch]]:
         """Runs of micro-batches whose hidden states, of `row_bytes` a token, fit on the device together; at
@@ -146,9 +153,3 @@ def _stays_on_device(model: PolicyModel, groups: platform.Groups, placement: str
         where = "on the GPU" if stays else "in host memory"
         log.info("the reference's weights (%.1f GB on this rank) stay %s", size / 1e9, where)
     return stays
-
-
-@torch.no_grad()
-def _fill(parameters: dict[str, torch.nn.Parameter], source: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(source[name], non_blocking=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,8 +20,7 @@ from megatron_dgpo.mcore.policy import ddp_config, optimizer_config
 def refused_by_megatron(config: Config | SFTConfig) -> Iterator[str]:
     """Lines for settings that Megatron's dataclasses refuse together, and for those that the layer spec of
     this machine does not read."""
-    hf = json.loads((config.model.path / "config.json").read_bytes())
-    shape = ModelShape.from_hf(hf, config.model.ignore_config_fields)
+    shape = ModelShape.of(config.model)
     dtype: torch.dtype = getattr(torch, config.model.params_dtype)
     transformer = config.model.transformer
     native, why = choose_spec(config.model.layer_spec, dtype)
