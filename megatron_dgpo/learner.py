@@ -210,7 +210,8 @@ def policy_stats(
     temperature: float = 1.0,
     reference_hidden: Tensor | None = None,
 ) -> TokenStats:
-    """TokenStats of a micro-batch from what `Policy` hands to a MicrobatchFn."""
+    """TokenStats of a micro-batch from what `Policy` hands to a MicrobatchFn; 0 where its loss_mask_T is not
+    set, for which the LM head makes no product."""
     return linear_token_stats(
         hidden,
         weight,
@@ -220,6 +221,7 @@ def policy_stats(
         tp_group=policy.groups.tp,
         vocab_size=policy.shape.vocab_size,
         temperature=temperature,
+        rows=batch.loss_rows,
         sequence_parallel=policy.config.sequence_parallel,
     )
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -140,6 +141,11 @@ class PackedBatch:
     record: dict[str, torch.Tensor] | None = None
     """Where there is one, the loss leaves the (T,) tensors of its last update in it: ratio, clipped, and
     weights, distances and entropy where these are taken at updates."""
+
+    @cached_property
+    def loss_rows(self) -> torch.Tensor:
+        """int64, the positions of loss_mask_T: the tokens that the LM head works for."""
+        return self.loss_mask_T.nonzero().squeeze(1)
 
     @property
     def num_tokens(self) -> int:

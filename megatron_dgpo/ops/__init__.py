@@ -13,6 +13,7 @@ float64 is never "fused".
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -248,6 +249,7 @@ def linear_token_stats(
     tp_group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     temperature: float = 1.0,
+    rows: torch.Tensor | None = None,
     chunk_size: int | None = None,
     entropy_grad: bool = False,
     sequence_parallel: bool = False,
@@ -260,6 +262,8 @@ def linear_token_stats(
     gathered on the way in and reduce-scattered on the way back. policy_weight: (K, H), this rank's
     LM-head rows. Half inputs are multiplied with float32 sums and float32 logits. The reference pair
     has the same layout (reference_hidden may have all T rows in either case) and takes no gradient.
+    rows: (R,) int64, the tokens whose statistics are wanted, each once, the same on every rank; the head's
+    products are made for these alone, and all fields are 0 at the others. By default all T.
     chunk_size: tokens whose logits exist at a time; by default about 32 MB of them, 256 MB on a GPU.
 
     The gradient of policy_hidden is summed over tp_group; that of policy_weight is this shard's, and is
@@ -285,9 +289,11 @@ def linear_token_stats(
         sequence_parallel,
     )
     _check_targets(targets, targets.numel(), vocab_size)
-    tensors = (policy_hidden, policy_weight, targets, reference_hidden, reference_weight)
+    if rows is not None:
+        _check_rows(rows, targets)
+    tensors = (policy_hidden, policy_weight, targets, reference_hidden, reference_weight, rows)
     if impl == "reference":
-        return reference.linear_token_stats(
+        stats = reference.linear_token_stats(
             *tensors,
             group=tp_group,
             vocab_size=vocab_size,
@@ -295,4 +301,25 @@ def linear_token_stats(
             entropy_grad=entropy_grad,
             sequence_parallel=sequence_parallel,
         )
-    return driver.linear_token_stats(*tensors, plan, load_kernels(impl))
+    else:
+        stats = driver.linear_token_stats(*tensors, plan, load_kernels(impl))
+    return stats if rows is None else _at(stats, rows, targets.numel())
+
+
+def _check_rows(rows: torch.Tensor, targets: torch.Tensor) -> None:
+    if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != targets.device:
+        raise ValueError(
+            f"rows: got {rows.dtype} {tuple(rows.shape)} on {rows.device}, need torch.int64 (R,) "
+            f"on {targets.device}"
+        )
+
+
+def _at(stats: TokenStats, rows: torch.Tensor, num_tokens: int) -> TokenStats:
+    """(R,) statistics at their places among the tokens, (T,)."""
+
+    def spread(values_R: torch.Tensor | None) -> torch.Tensor | None:
+        if values_R is None:
+            return None
+        return values_R.new_zeros(num_tokens).index_copy(0, rows, values_R)
+
+    return TokenStats(*(spread(getattr(stats, f.name)) for f in dataclasses.fields(stats)))

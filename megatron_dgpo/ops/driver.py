@@ -1,6 +1,7 @@
 """The autograd functions that the eager and the fused implementation share.
 
-Shape suffixes: T packed tokens (C a chunk of them), K local vocabulary shard, H hidden size.
+Shape suffixes: T packed tokens, R those of them whose statistics are wanted (C a chunk of these), K local
+vocabulary shard, H hidden size.
 
 An implementation is a `Kernels`: how a chunk of logits becomes the numbers that ranks exchange, and how
 it becomes its gradient. Chunks, collectives and the matrix products of the LM head are here. One
@@ -180,49 +181,56 @@ class _LinearStats(torch.autograd.Function):
         ctx: Any,
         hidden: torch.Tensor,
         weight_KH: torch.Tensor,
-        targets_T: torch.Tensor,
+        targets_R: torch.Tensor,
         reference_hidden_TH: torch.Tensor | None,
         reference_weight_KH: torch.Tensor | None,
+        rows_R: torch.Tensor | None,
         plan: Plan,
         kernels: Kernels,
     ) -> tuple[torch.Tensor | None, ...]:
         hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
-        policy = _head(hidden_TH, _head_rows(weight_KH, plan))
+        policy = _head(hidden_TH, rows_R, _head_rows(weight_KH, plan))
         reference = None
         if reference_hidden_TH is not None and reference_weight_KH is not None:
-            reference = _head(reference_hidden_TH, _head_rows(reference_weight_KH, plan))
-        merged = _merge(policy, reference, targets_T, plan, kernels, owned=True)
-        ctx.save_for_backward(hidden, weight_KH, targets_T, merged.peak, merged.log_partition, merged.entropy)
+            reference = _head(reference_hidden_TH, rows_R, _head_rows(reference_weight_KH, plan))
+        merged = _merge(policy, reference, targets_R, plan, kernels, owned=True)
+        ctx.save_for_backward(
+            hidden, weight_KH, rows_R, targets_R, merged.peak, merged.log_partition, merged.entropy
+        )
         return _outputs(ctx, merged, plan, kernels)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight_KH = ctx.saved_tensors[:2]
+        hidden, weight_KH, rows_R = ctx.saved_tensors[:3]
         plan: Plan = ctx.plan
         incoming = _incoming(ctx, grads)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         hidden_TH = gather_rows(hidden, plan.group) if plan.sequence_parallel else hidden
         rows_KH = _head_rows(weight_KH, plan)
-        logits = _head(hidden_TH, rows_KH)
+        logits = _head(hidden_TH, rows_R, rows_KH)
         dtype = torch.promote_types(compute_dtype(hidden), compute_dtype(weight_KH))
-        grad_hidden = hidden_TH.new_empty(hidden_TH.shape, dtype=dtype) if want_hidden else None
+        grad_hidden = None
+        if want_hidden:
+            make = torch.empty_like if rows_R is None else torch.zeros_like  # the others' gradient is 0
+            grad_hidden = make(hidden_TH, dtype=dtype)
         total_KH = _gradient_buffer(weight_KH, dtype) if want_weight else None
         grad_rows_KH = None if total_KH is None else total_KH[: plan.width]
-        for part in _chunks(hidden_TH.shape[0], plan.chunk_size):
+        for part in _chunks(incoming.peak.shape[0], plan.chunk_size):
             # Tensor cores take half operands and sum in float32, as in any half-precision LM head.
             grad_CK = ctx.kernels.into_gradient(logits(part), rows_KH.dtype, incoming.rows(part), plan)
+            place = part if rows_R is None else rows_R[part]
             if grad_hidden is not None:
-                grad_hidden[part] = matmul_wide(grad_CK, rows_KH)
+                grad_hidden[place] = matmul_wide(grad_CK, rows_KH)
             if grad_rows_KH is not None:
-                add_matmul_wide(grad_rows_KH, grad_CK.t(), hidden_TH[part].to(grad_CK.dtype))
+                add_matmul_wide(grad_rows_KH, grad_CK.t(), hidden_TH[place].to(grad_CK.dtype))
             del grad_CK  # before the next chunk's logits exist
         if grad_hidden is not None:
             # Each rank's product covers its own columns only: the gradient is the sum over ranks.
             reduce = scatter_row_sums if plan.sequence_parallel else sum_ranks
             grad_hidden = reduce(grad_hidden, plan.group).to(hidden.dtype)
         grad_weight = None if total_KH is None else _weight_gradient(weight_KH, total_KH)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _gradient_buffer(weight_KH: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -252,9 +260,11 @@ def _head_rows(weight_KH: torch.Tensor, plan: Plan) -> torch.Tensor:
     return rows_KH if rows_KH.is_cuda else rows_KH.to(compute_dtype(rows_KH))
 
 
-def _head(hidden_TH: torch.Tensor, rows_KH: torch.Tensor) -> Callable[[slice], torch.Tensor]:
+def _head(
+    hidden_TH: torch.Tensor, rows_R: torch.Tensor | None, rows_KH: torch.Tensor
+) -> Callable[[slice], torch.Tensor]:
     """The LM head as a function from a chunk to its logits, (C, width)."""
-    return lambda part: matmul_wide(hidden_TH[part], rows_KH.t())
+    return lambda part: matmul_wide(hidden_TH[part if rows_R is None else rows_R[part]], rows_KH.t())
 
 
 def _stats(outputs: tuple[torch.Tensor | None, ...]) -> TokenStats:
@@ -281,6 +291,7 @@ def linear_token_stats(
     targets_T: torch.Tensor,
     reference_hidden: torch.Tensor | None,
     reference_weight_KH: torch.Tensor | None,
+    rows_R: torch.Tensor | None,
     plan: Plan,
     kernels: Kernels,
 ) -> TokenStats:
@@ -288,6 +299,6 @@ def linear_token_stats(
         reference_hidden, reference_weight_KH = reference_hidden.detach(), reference_weight_KH.detach()
         if plan.sequence_parallel and reference_hidden.shape[0] != targets_T.shape[0]:
             reference_hidden = gather_rows(reference_hidden, plan.group)
-    return _stats(
-        _LinearStats.apply(hidden, weight_KH, targets_T, reference_hidden, reference_weight_KH, plan, kernels)
-    )
+    reference = reference_hidden, reference_weight_KH
+    targets_R = targets_T if rows_R is None else targets_T[rows_R]
+    return _stats(_LinearStats.apply(hidden, weight_KH, targets_R, *reference, rows_R, plan, kernels))

@@ -91,6 +91,7 @@ def linear_token_stats(
     targets_T: torch.Tensor,
     reference_hidden: torch.Tensor | None,
     reference_weight_KH: torch.Tensor | None,
+    rows_R: torch.Tensor | None,
     *,
     group: dist.ProcessGroup | None,
     vocab_size: int,
@@ -101,10 +102,12 @@ def linear_token_stats(
     def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if sequence_parallel and rows.shape[0] != targets_T.shape[0]:
             rows = _whole(rows, 0, group)
+        rows = rows if rows_R is None else rows[rows_R]
         with torch.autocast(rows.device.type, enabled=False):
             return _wide(rows) @ _whole(_wide(weight), 0, group)[:vocab_size].t()
 
     reference_TV = None
     if reference_hidden is not None and reference_weight_KH is not None:
         reference_TV = logits(reference_hidden.detach(), reference_weight_KH.detach())
-    return _stats(logits(hidden, weight_KH), targets_T, reference_TV, temperature, entropy_grad)
+    targets_R = targets_T if rows_R is None else targets_T[rows_R]
+    return _stats(logits(hidden, weight_KH), targets_R, reference_TV, temperature, entropy_grad)

@@ -200,9 +200,13 @@ def transformers_logits(folder):
 
 
 def transformers_log_probs(folder):
-    targets = [torch.tensor([*p, *r][1:]) for p, r in sequences()]
-    logits = transformers_logits(folder)
-    return [F.log_softmax(z, -1).gather(1, t[:, None])[:, 0] for z, t in zip(logits, targets, strict=True)]
+    """Of the responses' tokens; 0 at the prompts'."""
+    out = []
+    for (prompt, response), z in zip(sequences(), transformers_logits(folder), strict=True):
+        targets = torch.tensor([*prompt, *response][1:])
+        out.append(F.log_softmax(z, -1).gather(1, targets[:, None])[:, 0])
+        out[-1][: len(prompt) - 1] = 0
+    return out
 
 
 def transformers_gradients(folder):

@@ -19,6 +19,11 @@ WITH_FUSED = importlib.util.find_spec("triton") is not None and os.environ.get("
 SHARDED = ("eager", "fused") if WITH_FUSED else ("eager",)
 IMPLS = (*SHARDED, "reference")
 HALVES = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-11}
+ROWS = [39, 0, 1, 2, 3, 17, 12, 30]
+"""Of the tokens, those whose statistics are wanted: none, under sequence parallelism, of some ranks."""
+ROWS_CASES = [
+    (size, impl) for size in (2, 4) for impl in ("eager", "reference")
+]  # the kernels see a chunk alone
 CASES = [(size, impl, sp) for size in SIZES for impl in IMPLS for sp in (False, True)]
 
 
@@ -75,10 +80,10 @@ def work(rank, world_size):
                 mine = slice(shard * TOKENS // size, (shard + 1) * TOKENS // size) if sp else slice(None)
                 hidden = h[mine].clone().requires_grad_()
                 weight = w[columns].clone().requires_grad_()
-                stats = linear_token_stats(
-                    hidden,
-                    weight,
-                    targets,
+                call = dict(
+                    policy_hidden=hidden,
+                    policy_weight=weight,
+                    targets=targets,
                     reference_hidden=h0[mine] if size == 4 else h0,
                     reference_weight=w0[columns],
                     chunk_size=7,
@@ -86,7 +91,11 @@ def work(rank, world_size):
                     impl=impl,
                     **common,
                 )
+                stats = linear_token_stats(**call)
                 results["linear", size, impl, sp] = answers(stats, cotangents, [hidden, weight])
+                if (size, impl) in ROWS_CASES:
+                    stats = linear_token_stats(**call, rows=torch.tensor(ROWS))
+                    results["rows", size, impl, sp] = answers(stats, cotangents, [hidden, weight])
         for impl in SHARDED:
             results["zero", size, impl] = reduced_zero_distance(
                 token_stats, z, targets, columns, {**common, "impl": impl}
@@ -166,16 +175,23 @@ def test_half_logit_shards(ranks, size, impl, dtype):
     assert torch.equal(got[:, VOCAB:], torch.zeros(TOKENS, PADDED - VOCAB, dtype=dtype))
 
 
-@pytest.mark.parametrize(("size", "impl", "sp"), CASES)
-def test_linear_shards(ranks, size, impl, sp):
+@pytest.mark.parametrize(
+    ("kind", "size", "impl", "sp"),
+    [("linear", *case) for case in CASES] + [("rows", *case) for case in CASES if case[:2] in ROWS_CASES],
+)
+def test_linear_shards(ranks, kind, size, impl, sp):
     h, w, h0, w0, targets, cotangents = data()
+    wanted = torch.ones(TOKENS)
+    if kind == "rows":
+        wanted = torch.zeros(TOKENS).index_fill(0, torch.tensor(ROWS), 1)
     h64, w64 = h.double().requires_grad_(), w.double().requires_grad_()
     z = h64 @ w64[:VOCAB].t()
     reference = h0.double() @ w0.double()[:VOCAB].t()
-    want, grads = oracle(z, reference, targets, cotangents.double(), [h64, w64])
+    want, grads = oracle(z, reference, targets, wanted * cotangents.double(), [h64, w64])
+    want = {name: wanted * values for name, values in want.items()}
     logit_error = 25 * UNIT * float((h64.abs() @ w64[:VOCAB].abs().t()).detach().max()) / 0.8
     tolerance = bound(z.detach(), logit_error)
-    found = [r["linear", size, impl, sp] for r in ranks[:size]]
+    found = [r[kind, size, impl, sp] for r in ranks[:size]]
     for values, _ in found:
         check_values(values, want, tolerance)
         if impl in SHARDED:

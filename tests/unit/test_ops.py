@@ -257,12 +257,17 @@ def make_linear(dtype=torch.float32, tokens=37, hidden=24, vocab=46, padded=50, 
     return [x.to(dtype) for x in (h, w, h0, w0)], targets
 
 
+ROWS = torch.tensor([36, 0, 3, 4, 5, 20, 19, 11])
+"""Of the 37 tokens, those whose statistics are wanted, in any order."""
+
+
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("chunk_size", [1, 5, None])
+@pytest.mark.parametrize(("chunk_size", "rows"), [(1, ROWS), (5, None), (5, ROWS), (None, ROWS)])
 @pytest.mark.parametrize("dtype", list(HALF_STEP))
-def test_linear_values_and_gradients(impl, chunk_size, dtype):
+def test_linear_values_and_gradients(impl, chunk_size, rows, dtype):
     needs_half_or_single(impl, dtype)
     (h, w, h0, w0), targets = make_linear(dtype)
+    wanted = torch.ones_like(targets) if rows is None else torch.zeros_like(targets).index_fill(0, rows, 1)
     h.requires_grad_(), w.requires_grad_()
     stats = linear_token_stats(
         h,
@@ -272,6 +277,7 @@ def test_linear_values_and_gradients(impl, chunk_size, dtype):
         reference_weight=w0,
         vocab_size=46,
         temperature=0.8,
+        rows=rows,
         chunk_size=chunk_size,
         entropy_grad=True,
         impl=impl,
@@ -279,6 +285,7 @@ def test_linear_values_and_gradients(impl, chunk_size, dtype):
     h64, w64 = (x.detach().double().requires_grad_() for x in (h, w))
     z64 = h64 @ w64[:46].t() / 0.8
     want = oracle(z64, targets, h0.double() @ w0.double()[:46].t() / 0.8)
+    want = {name: values * wanted for name, values in want.items()}
     # A dot product of n float32 terms is off by at most (n + 1) u sum |h w|.
     logit_error = 25 * UNIT * float((h64.abs() @ w64[:46].abs().t()).detach().max()) / 0.8
     tolerance = 1e-11 if dtype == torch.float64 else bound(z64.detach(), logit_error)
@@ -535,6 +542,7 @@ def test_refuses(change, message):
         ({"reference_hidden": torch.zeros(3, 8)}, "both or neither"),
         ({"policy_weight": torch.zeros(50, 9)}, "policy_weight: got"),
         ({"policy_hidden": torch.zeros(4, 8)}, "policy_hidden: got 4 rows, need 3"),
+        ({"rows": torch.tensor([True, False, True])}, r"rows: got torch.bool \(3,\)"),
         ({"targets": torch.tensor([[0], [1], [2]])}, r"targets: got torch.int64 \(3, 1\)"),
         ({"policy_hidden": torch.zeros(1, 8), "targets": torch.tensor(2)}, r"targets: got torch.int64 \(\)"),
     ],
