@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +77,11 @@ class Learner:
 
     # --- one rollout batch --------------------------------------------------------------------------
 
-    @property
-    def passes(self) -> int:
+    def passes(self, *, only_update: bool = False) -> int:
         """Of `prepare` over the micro-batches."""
-        return 2 if self.algorithm.needs_reference else 1
+        if self.algorithm.needs_reference:
+            return 2
+        return 0 if only_update and not self.algorithm.needs_rollout_pass else 1
 
     def pack(self, samples_by_minibatch: Sequence[Sequence[Sample]]) -> list[MiniBatch]:
         """Pack each mini-batch's samples and fix every token's coefficient from global counts.
@@ -113,15 +115,24 @@ class Learner:
                 batch.features["engine_log_probs"] = _engine_log_probs(batch, minibatch.samples)
         return [m for m in minibatches if m.num_sequences]
 
-    def prepare(self, minibatches: Sequence[MiniBatch], on_batch: OnBatch = ignore) -> Sums:
+    def prepare(
+        self, minibatches: Sequence[MiniBatch], on_batch: OnBatch = ignore, *, only_update: bool = False
+    ) -> Sums:
         """Old log-probs, reference statistics and credit, once per rollout batch.
 
+        With `only_update`, a single update follows, whose policy is the old one: its own pass gives all that
+        an algorithm without a reference needs, and none is made for it here.
+
         Returns the gap between the engine's log-probs and the trainer's, and the quantiles of entropy and
-        distance.
+        distance (or that update does).
         """
         batches = [b for m in minibatches for b in m.batches]
         self._kept.clear()
         sums = Sums()
+        for minibatch in minibatches:
+            sums.add("packing_imbalance", minibatch.imbalance)
+        if not self.passes(only_update=only_update):
+            return sums
         if self.algorithm.needs_reference:
             self.policy.forward_with_reference(
                 batches, lambda h, w, b, reference: self._rollout_features(h, w, b, sums, reference), on_batch
@@ -129,19 +140,23 @@ class Learner:
         else:
             self.policy.forward(batches, lambda h, w, b: self._rollout_features(h, w, b, sums), on_batch)
         self.algorithm.settle(batches, self.policy.groups.dp)
-        for minibatch in minibatches:
-            sums.add("packing_imbalance", minibatch.imbalance)
+        self._add_quantiles(batches, sums)
+        return sums
+
+    def _add_quantiles(self, batches: Sequence[PackedBatch], sums: Sums) -> None:
         if self.policy.groups.speaks_for_tokens:
             sums.merge(feature_quantiles(batches, self.policy.groups.dp))
-        return sums
 
     def _rollout_features(
         self, hidden: Tensor, weight: Tensor, batch: PackedBatch, sums: Sums, reference: Tensor | None = None
     ) -> None:
-        stats = self._stats(hidden, weight, batch, reference)
-        batch.features.update(self.algorithm.rollout_features(stats, batch))
+        self._take_features(self._stats(hidden, weight, batch, reference), batch, sums)
         if reference is not None and self.algorithm.update_needs_reference:
             batch.features["reference_hidden"] = self._kept.keep(reference)
+
+    @torch.no_grad()
+    def _take_features(self, stats: TokenStats, batch: PackedBatch, sums: Sums) -> None:
+        batch.features.update(self.algorithm.rollout_features(stats, batch))
         engine = batch.features["engine_log_probs"]
         gap_T = only((stats.log_probs - engine).abs().double(), batch.loss_mask_T)
         sums.add("log_prob_gap", gap_T.sum(), batch.loss_mask_T.sum())
@@ -154,8 +169,11 @@ class Learner:
             NonFiniteUpdate: on all ranks, after saving the mini-batch for replay.
         """
         sums = Sums()
+        first = not any("old_log_probs" in b.features for b in minibatch.batches)
         with saved_for_replay(minibatch, save_bad_batch_to / f"bad_batch_rank{self.policy.groups.rank}.pt"):
-            result = self.policy.update(minibatch.batches, self._loss, on_batch)
+            result = self.policy.update(minibatch.batches, partial(self._loss, sums), on_batch)
+        if first:  # `prepare` has made no pass
+            self._add_quantiles(minibatch.batches, sums)
         # Every replica adds its part of the one loss, and each counts for its share of it.
         replicas = self.policy.groups.dp.size()
         sums.add("loss", 0.0, 1 / replicas)
@@ -169,12 +187,15 @@ class Learner:
 
     # --- one micro-batch ----------------------------------------------------------------------------
 
-    def _loss(self, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
+    def _loss(self, sums: Sums, hidden: Tensor, weight: Tensor, batch: PackedBatch) -> tuple[Tensor, Any]:
         reference = None
         if self.algorithm.update_needs_reference:
             # The bits of the model's precision: at the reference the distance is 0.
             reference = self._kept.bring(batch.features["reference_hidden"], hidden, batch.num_tokens)
-        loss, metrics = self.algorithm.loss(self._stats(hidden, weight, batch, reference), batch)
+        stats = self._stats(hidden, weight, batch, reference)
+        if "old_log_probs" not in batch.features:
+            self._take_features(stats, batch, sums)
+        loss, metrics = self.algorithm.loss(stats, batch)
         return loss, (loss.detach(), metrics)
 
     def _stats(

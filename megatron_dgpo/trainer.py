@@ -146,9 +146,10 @@ class Trainer:
         if not minibatches:
             log.warning("no sample of this step has a reward: no update (see the samples' reward_error)")
             return [], Sums()
-        passes = self.learner.passes + (self.critic is not None)
+        only_update = self.config.train.epochs_per_rollout * len(minibatches) == 1
+        passes = self.learner.passes(only_update=only_update) + (self.critic is not None)
         with self.console.phase("prepare", passes * num_batches(minibatches), "micro-batches") as bar:
-            sums = self.learner.prepare(minibatches, bar.update)
+            sums = self.learner.prepare(minibatches, bar.update, only_update=only_update)
             if self.critic is not None:
                 sums.merge(self.critic.prepare(minibatches, bar.update))
         self.audit.choose(minibatches, step + 1)

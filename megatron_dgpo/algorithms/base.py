@@ -119,6 +119,12 @@ class Algorithm:
         return self.credit.needs_reference
 
     @property
+    def needs_rollout_pass(self) -> bool:
+        """Whether the statistics of all micro-batches have to be there before the first of an only update, or
+        without one."""
+        return self.needs_reference or self.needs_critic
+
+    @property
     def update_needs_reference(self) -> bool:
         """Whether every update pass has to have them too."""
         return self.credit.update_needs_reference
@@ -156,7 +162,8 @@ class Algorithm:
         return features | self.credit.rollout_features(stats, batch)
 
     def settle(self, batches: Sequence[PackedBatch], group: dist.ProcessGroup | None = None) -> None:
-        """All micro-batches of the rollout have their features; fix what depends on all of them.
+        """All micro-batches of the rollout have their features; fix what depends on all of them. Who does
+        has `needs_rollout_pass`.
 
         group: the data-parallel ranks, which hold the other micro-batches; collective over it.
         """

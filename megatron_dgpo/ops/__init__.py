@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -289,24 +290,18 @@ def linear_token_stats(
         sequence_parallel,
     )
     _check_targets(targets, targets.numel(), vocab_size)
-    if rows is not None:
-        _check_rows(rows, targets)
+    _check_rows(rows, targets)
     tensors = (policy_hidden, policy_weight, targets, reference_hidden, reference_weight, rows)
     if impl == "reference":
-        stats = reference.linear_token_stats(
-            *tensors,
-            group=tp_group,
-            vocab_size=vocab_size,
-            temperature=temperature,
-            entropy_grad=entropy_grad,
-            sequence_parallel=sequence_parallel,
-        )
+        stats = reference.linear_token_stats(*tensors, plan, vocab_size)
     else:
         stats = driver.linear_token_stats(*tensors, plan, load_kernels(impl))
-    return stats if rows is None else _at(stats, rows, targets.numel())
+    return _at(stats, rows, targets.numel())
 
 
-def _check_rows(rows: torch.Tensor, targets: torch.Tensor) -> None:
+def _check_rows(rows: torch.Tensor | None, targets: torch.Tensor) -> None:
+    if rows is None:
+        return
     if rows.dtype != torch.int64 or rows.dim() != 1 or rows.device != targets.device:
         raise ValueError(
             f"rows: got {rows.dtype} {tuple(rows.shape)} on {rows.device}, need torch.int64 (R,) "
@@ -314,12 +309,15 @@ def _check_rows(rows: torch.Tensor, targets: torch.Tensor) -> None:
         )
 
 
-def _at(stats: TokenStats, rows: torch.Tensor, num_tokens: int) -> TokenStats:
+def _at(stats: TokenStats, rows: torch.Tensor | None, num_tokens: int) -> TokenStats:
     """(R,) statistics at their places among the tokens, (T,)."""
+    if rows is None:
+        return stats
 
     def spread(values_R: torch.Tensor | None) -> torch.Tensor | None:
         if values_R is None:
             return None
         return values_R.new_zeros(num_tokens).index_copy(0, rows, values_R)
 
-    return TokenStats(*(spread(getattr(stats, f.name)) for f in dataclasses.fields(stats)))
+    fields: dict[str, Any] = {f.name: spread(getattr(stats, f.name)) for f in dataclasses.fields(stats)}
+    return TokenStats(**fields)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_dgpo.ops.driver import Plan
 from megatron_dgpo.types import TokenStats
 
 
@@ -92,22 +93,19 @@ def linear_token_stats(
     reference_hidden: torch.Tensor | None,
     reference_weight_KH: torch.Tensor | None,
     rows_R: torch.Tensor | None,
-    *,
-    group: dist.ProcessGroup | None,
+    plan: Plan,
     vocab_size: int,
-    temperature: float,
-    entropy_grad: bool,
-    sequence_parallel: bool,
 ) -> TokenStats:
     def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        if sequence_parallel and rows.shape[0] != targets_T.shape[0]:
-            rows = _whole(rows, 0, group)
+        if plan.sequence_parallel and rows.shape[0] != targets_T.shape[0]:
+            rows = _whole(rows, 0, plan.group)
         rows = rows if rows_R is None else rows[rows_R]
         with torch.autocast(rows.device.type, enabled=False):
-            return _wide(rows) @ _whole(_wide(weight), 0, group)[:vocab_size].t()
+            return _wide(rows) @ _whole(_wide(weight), 0, plan.group)[:vocab_size].t()
 
     reference_TV = None
     if reference_hidden is not None and reference_weight_KH is not None:
         reference_TV = logits(reference_hidden.detach(), reference_weight_KH.detach())
     targets_R = targets_T if rows_R is None else targets_T[rows_R]
-    return _stats(logits(hidden, weight_KH), targets_R, reference_TV, temperature, entropy_grad)
+    logits_RV = logits(hidden, weight_KH)
+    return _stats(logits_RV, targets_R, reference_TV, plan.temperature, plan.entropy_grad)

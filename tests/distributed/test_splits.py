@@ -67,6 +67,10 @@ OTHERS = {
 """Whose formulas tests/unit/test_algorithm_variants.py checks."""
 
 
+CORRECTED = GRPOConfig(tis_cap=1.1, sequence_mask_cap=5.0)
+WITHOUT_A_PASS = ("TP=1, micro-batches", "DP=2", "TP=2 PP=2 SP")
+
+
 def dgpo(case):
     return DGPOConfig(
         tau=TAU,
@@ -148,7 +152,7 @@ def off_policy_update(folder, case, algorithm, kwargs, max_tokens):
         }
 
 
-def on_policy_updates(folder, algorithm, kwargs, max_tokens):
+def on_policy_updates(folder, algorithm, kwargs, max_tokens, only_update=False):
     """Metrics and weights of two rollout batches, the first of which has policy = reference."""
     from megatron_dgpo.run import merge_over_ranks
 
@@ -161,8 +165,8 @@ def on_policy_updates(folder, algorithm, kwargs, max_tokens):
         policy, learner = build(c, groups)
         for _ in range(2):
             (minibatch,) = my_minibatches(learner, groups)
-            learner.prepare([minibatch])
-            sums = learner.update(minibatch, save_bad_batch_to=folder)
+            sums = learner.prepare([minibatch], only_update=only_update)
+            sums.merge(learner.update(minibatch, save_bad_batch_to=folder))
             metrics = merge_over_ranks(sums, groups)
             out.append((metrics, exported(policy), credit(minibatch, groups)))
     return out
@@ -206,6 +210,9 @@ def work(rank, world_size, folder):
         results[name, "sft"] = supervised_update(folder, *how)
         for algorithm in (DGPOConfig(tau=0.01), GRPOConfig()):
             results[name, algorithm.name] = on_policy_updates(folder, algorithm, *how)
+        if name in WITHOUT_A_PASS:
+            for only_update in (False, True):
+                results[name, only_update] = on_policy_updates(folder, CORRECTED, *how, only_update)
     return results
 
 
@@ -463,3 +470,14 @@ def test_first_dgpo_update_is_grpo(results, name):
         # The second update is another one: the first was not equal for want of any effect.
         assert later["grad_norm"] != pytest.approx(grpo_later["grad_norm"], rel=1e-3)
         assert not later_credit or any(float((w - 1).abs().max()) > 0.1 for w in later_credit.values())
+
+
+@pytest.mark.parametrize("name", WITHOUT_A_PASS)
+def test_an_only_update_needs_no_pass_before_it(results, name):
+    """Its own log-probs are the old ones: bit for bit the metrics and weights of a run that takes both."""
+    for with_pass, without in zip(results[name, False], results[name, True], strict=True):
+        for (metrics, weights, _), (only, after, _) in zip(with_pass, without, strict=True):
+            assert only == metrics and only["ratio_mean"] == 1
+            assert {"log_prob_gap", "entropy_p50", "tis_weight", "sequence_masked"} <= set(only)
+            assert 0 < only["tis_capped"] < 1 and 0 < only["sequence_masked"] < 1
+            assert all(torch.equal(after[tensor], value) for tensor, value in weights.items())
