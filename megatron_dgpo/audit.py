@@ -143,10 +143,12 @@ def _draw(seed: int, step: int, prompt_id: str) -> bytes:
 def _chosen(batch: PackedBatch, samples: Sequence[Sample], prompts: set[str]) -> list[Chosen]:
     starts = batch.cu_seqlens.tolist()
     out, offset = [], 0
-    for start, i in zip(starts, batch.sample_ids, strict=False):  # the last of cu_seqlens is an end
+    for n, i in enumerate(batch.sample_ids):
         if i >= 0 and samples[i].prompt.id in prompts:
+            shared = bool(batch.shared_prompts) and batch.shared_prompts[n] >= 0
+            first = starts[n] + (0 if shared else len(samples[i].prompt.token_ids) - 1)
             end = offset + len(samples[i].token_ids)
-            out.append(Chosen(samples[i], start + len(samples[i].prompt.token_ids) - 1, slice(offset, end)))
+            out.append(Chosen(samples[i], first, slice(offset, end)))
             offset = end
     return out
 

@@ -65,13 +65,24 @@ class Learner:
     Args:
         temperature: of the sampling; the policy that is trained is the one that was sampled.
         max_tokens: token budget of a micro-batch.
+        share_prompts: compute a prompt once for the responses to it in a micro-batch (see `pack`), unless the
+            model's rotary embedding is Transformer Engine's own, which counts positions itself.
     """
 
-    def __init__(self, policy: Policy, algorithm: Algorithm, *, temperature: float, max_tokens: int) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        *,
+        temperature: float,
+        max_tokens: int,
+        share_prompts: bool = True,
+    ) -> None:
         self.policy = policy
         self.algorithm = algorithm
         self.temperature = temperature
         self.max_tokens = max_tokens
+        self._share_prompts = share_prompts and policy.model.own_rotation
         self._kept = KeptRows(policy.groups.tp, sequence_parallel=policy.config.sequence_parallel)
         """The reference's hidden states, where updates need them."""
 
@@ -92,7 +103,9 @@ class Learner:
         minibatches = []
         for samples in samples_by_minibatch:
             items = [PackItem(s.prompt.token_ids, s.token_ids, s.advantage) for s in samples]
-            batches = pack(items, max_tokens=self.max_tokens, device=device, min_batches=1)
+            batches = pack(
+                items, max_tokens=self.max_tokens, device=device, share_prompts=self._share_prompts
+            )
             if self.policy.config.sequence_parallel:  # before anything of length T is made for them
                 batches = [pad_for_sequence_parallel(b, self.policy.groups.tp.size()) for b in batches]
             minibatches.append(MiniBatch(batches, list(samples), len(samples), _num_tokens(samples)))

@@ -65,6 +65,7 @@ class Trainer:
             self.algorithm,
             temperature=config.rollout.temperature,
             max_tokens=c.max_tokens_per_microbatch,
+            share_prompts=c.share_prompts,
         )
         self.audit = CreditAudit(config, groups, self.algorithm, data.tokenizer)
         self.critic = None
@@ -75,14 +76,10 @@ class Trainer:
         # A few are enough, and the first of the order that the run draws in.
         first = [self.prompts[i] for i in self.cursor.indices(0)[:4]]
         self.sync = WeightSync(self.policy.model, groups, self.engine, config.sync, score, first)
-        self.reward = build_reward(
-            config.reward.name,
-            timeout_seconds=config.reward.timeout_seconds,
-            num_workers=config.reward.num_workers,
-        )
+        r = config.reward
+        self.reward = build_reward(r.name, timeout_seconds=r.timeout_seconds, num_workers=r.num_workers)
         terms = [
-            (t.name, t.weight, build_term(t, max_new_tokens=config.rollout.max_new_tokens))
-            for t in config.reward.terms
+            (t.name, t.weight, build_term(t, max_new_tokens=config.rollout.max_new_tokens)) for t in r.terms
         ]
         scored = Combined(self.reward, terms) if terms else self.reward
         self.rollouts = Rollouts(

@@ -116,7 +116,8 @@ class PackedBatch:
     """One micro-batch: whole sequences end to end, without padding.
 
     A sequence of p prompt and r response tokens takes p + r - 1 positions: position t holds token t
-    as input and token t + 1 as target.
+    as input and token t + 1 as target. Responses to one prompt may share its first p - 1 positions, which
+    are then a sequence of their own, without a loss; each of them takes r more (`shared_prompts`).
     """
 
     tokens_T: torch.Tensor
@@ -132,7 +133,10 @@ class PackedBatch:
     advantages_S: torch.Tensor
     """float32; one advantage a sequence."""
     sample_ids: list[int] = field(default_factory=list)
-    """(S,) position of each sequence in the list that was packed."""
+    """(S,) position of each sequence in the list that was packed; negative for those that were not in it."""
+    shared_prompts: list[int] = field(default_factory=list)
+    """(S,) the sequence of this batch whose tokens come before those of each, or -1; empty where no prompt
+    is shared."""
     features: dict[str, torch.Tensor] = field(default_factory=dict)
     """(T,) or (T, H) tensors made by the trainer before the update, such as old_log_probs."""
     coefficients_T: torch.Tensor | None = None

@@ -280,6 +280,9 @@ class TrainConfig(Section):
     """Passes over the rollout batch."""
     max_tokens_per_microbatch: PositiveInt = 8192
     """Token budget of one forward and backward pass on one replica."""
+    share_prompts: bool = True
+    """Compute a prompt once for the responses to it in a micro-batch, where that saves an eighth of their
+    tokens (never with Transformer Engine's fused rotary embedding)."""
     async_steps: Literal[0, 1] = 0
     """1: draw the samples of the next step while this one trains. Their weights are a version behind."""
 

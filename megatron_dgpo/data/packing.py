@@ -9,7 +9,7 @@ import heapq
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 _said = False
 
 EMPTY = -1
-"""The sample id of the dummy sequence of `empty_batch`."""
+"""The sample id of a shared prompt, and of the dummy sequence of `empty_batch`."""
+_LEAST_SAVED = 1 / 8
+"""Of a group's positions; where sharing the prompt saves less, small parts fit better into micro-batches."""
+_MOST_REPEATED = 4
+"""Attention lays a shared prompt before each of its responses again: its positions are at most so many times
+the budget."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,15 @@ def pack(
     max_tokens: int,
     device: torch.device | str = "cpu",
     min_batches: int = 1,
+    share_prompts: bool = False,
 ) -> list[PackedBatch]:
     """Whole sequences in micro-batches of at most `max_tokens` positions and similar sizes.
 
-    `sample_ids` of each batch are positions in `sequences`, ascending; every sequence is in exactly one
-    batch. Where there are fewer sequences than `min_batches` (ranks have to do equally many), batches
-    from `empty_batch` make up the number.
+    `sample_ids` of each batch are positions in `sequences`, ascending but for shared prompts; every sequence
+    is in exactly one batch. With `share_prompts` the responses to equal prompts have one copy of it (see
+    PackedBatch) in each micro-batch, where that saves an eighth of their positions. Where there are fewer
+    sequences than `min_batches` (ranks have to do equally many), batches from `empty_batch` make up the
+    number.
 
     Raises ValueError for a sequence without prompt or response tokens, or longer than `max_tokens`.
     """
@@ -68,15 +76,17 @@ def pack(
                 "tokens; packing needs at least one of each"
             )
     lengths = [item.num_positions for item in sequences]
-    bins = balanced_bins(lengths, max_tokens, min_batches)
-    batches = [_build(sequences, indices, device) for indices in bins]
+    _check(lengths, max_tokens, min_batches)
+    parts = _parts(sequences, max_tokens) if share_prompts else [[index] for index in range(len(lengths))]
+    bins = balanced_bins([_size(sequences, part) for part in parts], max_tokens, min_batches)
+    batches = [_build(sequences, [parts[p] for p in bin_], device) for bin_ in bins]
     batches += [empty_batch(device) for _ in range(min_batches - len(batches))]
     return batches
 
 
 def empty_batch(device: torch.device | str = "cpu") -> PackedBatch:
     """One dummy sequence of one position that no loss counts, for a rank with nothing to train on."""
-    batch = _build([PackItem((0,), (0,))], [0], device)
+    batch = _build([PackItem((0,), (0,))], [[0]], device)
     batch.loss_mask_T.zero_()
     batch.sample_ids = [EMPTY]
     return batch
@@ -109,27 +119,96 @@ def unpack(
     return [found[index] for index in range(num_sequences)]
 
 
-def _build(sequences: Sequence[PackItem], indices: list[int], device: torch.device | str) -> PackedBatch:
-    items = [sequences[index] for index in indices]
-    parts = (ids for item in items for ids in (item.prompt_ids, item.response_ids))
-    flat = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in parts])
-    prompts_S = np.array([len(item.prompt_ids) for item in items])
-    lengths_S = prompts_S + np.array([len(item.response_ids) for item in items])
+def _parts(sequences: Sequence[PackItem], max_tokens: int) -> list[list[int]]:
+    """The sequences in parts that stay together: those with a prompt to share, in runs that fit into the
+    budget, and each of the others alone."""
+    by_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, item in enumerate(sequences):
+        by_prompt.setdefault(tuple(item.prompt_ids), []).append(index)
+    parts = []
+    for members in by_prompt.values():
+        run: list[int] = []
+        for index in members:
+            if run and _size(sequences, [*run, index]) > max_tokens:
+                parts.append(run)
+                run = []
+            run.append(index)
+        parts.append(run)
+    return sorted(one for part in parts for one in _worth_sharing(sequences, part))
+
+
+def _worth_sharing(sequences: Sequence[PackItem], part: list[int]) -> list[list[int]]:
+    saved = (len(part) - 1) * (len(sequences[part[0]].prompt_ids) - 1)
+    if saved and saved >= _LEAST_SAVED * sum(sequences[index].num_positions for index in part):
+        return [part]
+    return [[index] for index in part]
+
+
+def _size(sequences: Sequence[PackItem], part: list[int]) -> int:
+    """What a part takes of the budget."""
+    whole = sum(sequences[index].num_positions for index in part)
+    own = whole - (len(part) - 1) * (len(sequences[part[0]].prompt_ids) - 1)
+    return max(own, -(-whole // _MOST_REPEATED))
+
+
+class _Segment(NamedTuple):
+    """A sequence of a batch. Its tokens are inputs but for the last, and targets but for the first."""
+
+    ids: Sequence[Sequence[int]]
+    """Its tokens in pieces."""
+    length: int
+    """Of its tokens."""
+    first: int
+    """Position of the first of them."""
+    unmasked: int
+    """Targets before those that count."""
+    sample: int
+    prompt: int = -1
+    """The segment that comes before it."""
+
+
+def _segments(sequences: Sequence[PackItem], parts: Sequence[list[int]]) -> list[_Segment]:
+    out: list[_Segment] = []
+    for part in parts:
+        prompt = sequences[part[0]].prompt_ids
+        p, place = len(prompt), len(out)
+        if len(part) > 1:
+            out.append(_Segment([prompt], p, 0, p - 1, EMPTY))
+        for index in part:
+            response = sequences[index].response_ids
+            if len(part) > 1:
+                own = [prompt[-1:], response]
+                out.append(_Segment(own, len(response) + 1, p - 1, 0, index, place))
+            else:
+                out.append(_Segment([prompt, response], p + len(response), 0, p - 1, index))
+    return out
+
+
+def _build(
+    sequences: Sequence[PackItem], parts: Sequence[list[int]], device: torch.device | str
+) -> PackedBatch:
+    segments = _segments(sequences, parts)
+    flat = np.concatenate([np.asarray(ids, dtype=np.int64) for s in segments for ids in s.ids])
+    lengths_S = np.array([s.length for s in segments])
     ends_S = np.cumsum(lengths_S)
     is_input = np.ones(len(flat), dtype=bool)
     is_input[ends_S - 1] = False
     is_target = np.ones(len(flat), dtype=bool)
     is_target[ends_S - lengths_S] = False
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths_S - 1)])
-    positions_T = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths_S - 1)
+    within_T = np.arange(cu_seqlens[-1]) - np.repeat(cu_seqlens[:-1], lengths_S - 1)
+    counts_T = within_T >= np.repeat([s.unmasked for s in segments], lengths_S - 1)
+    positions_T = within_T + np.repeat([s.first for s in segments], lengths_S - 1)
+    advantages = [0.0 if s.sample == EMPTY else sequences[s.sample].advantage for s in segments]
     return PackedBatch(
         tokens_T=torch.from_numpy(flat[is_input]).to(device),
         targets_T=torch.from_numpy(flat[is_target]).to(device),
         positions_T=torch.from_numpy(positions_T).to(device),
-        loss_mask_T=torch.from_numpy(positions_T >= np.repeat(prompts_S - 1, lengths_S - 1)).to(device),
+        loss_mask_T=torch.from_numpy(counts_T).to(device),
         cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)).to(device),
-        advantages_S=torch.tensor([item.advantage for item in items], dtype=torch.float32, device=device),
-        sample_ids=list(indices),
+        advantages_S=torch.tensor(advantages, dtype=torch.float32, device=device),
+        sample_ids=[s.sample for s in segments],
+        shared_prompts=[s.prompt for s in segments] if any(len(part) > 1 for part in parts) else [],
     )
 
 

@@ -20,6 +20,7 @@ from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
@@ -34,6 +35,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
+
+from megatron_dgpo.types import PackedBatch
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +74,16 @@ class PackedLayout(PackedSeqParams):
     grids: list[tuple[int, int]] = field(default_factory=list)
     """(S, L) of each grid."""
 
+    shared: SharedPrompts | None = None
+    """Where sequences share prompts."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> PackedLayout:
+        layout = cls.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
+        if batch.shared_prompts:
+            layout.shared = SharedPrompts.of(batch)
+        return layout
+
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, positions_T: Tensor) -> PackedLayout:
         ends = cu_seqlens.tolist()
@@ -103,6 +116,44 @@ class PackedLayout(PackedSeqParams):
     def places(self) -> int:
         """Of all grids."""
         return sum(rows * columns for rows, columns in self.grids)
+
+
+@dataclass
+class SharedPrompts:
+    """How attention sees sequences that share prompts: each whole, with a prompt of its own before it.
+
+    Linear layers and norms compute a shared prompt once. Attention is a small part of the work, and takes
+    every sequence as if nothing were shared; what it makes of a prompt's tokens, the same before each
+    response, is taken from the first.
+    """
+
+    layout: PackedLayout
+    """Of the whole sequences, E tokens end to end."""
+    source_E: Tensor
+    """int64; the packed token that each of them is."""
+    place_T: Tensor
+    """int64; where each packed token is among them, the first time."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> SharedPrompts:
+        ends, device = batch.cu_seqlens.tolist(), batch.tokens_T.device
+        shared = set(batch.shared_prompts)
+        places = np.full(ends[-1], -1, dtype=np.int64)
+        sources, wholes, total = [], [], 0
+        for n, prompt in enumerate(batch.shared_prompts):
+            if n in shared:
+                continue
+            before = [] if prompt < 0 else [np.arange(ends[prompt], ends[prompt + 1])]
+            source = np.concatenate([*before, np.arange(ends[n], ends[n + 1])])
+            new = places[source] < 0
+            places[source[new]] = total + np.flatnonzero(new)
+            sources.append(source)
+            total += len(source)
+            wholes.append(total)
+        source_E = torch.from_numpy(np.concatenate(sources)).to(device)
+        cu_seqlens = torch.tensor([0, *wholes], dtype=torch.int32, device=device)
+        layout = PackedLayout.from_cu_seqlens(cu_seqlens, batch.positions_T[source_E])
+        return cls(layout, source_E, torch.from_numpy(places).to(device))
 
 
 class RMSNorm(torch.nn.Module):
@@ -240,6 +291,13 @@ class PackedSelfAttention(SelfAttention):
         return self.linear_proj(out.unsqueeze(1))
 
     def _core(self, layout: PackedLayout, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """(T, N * D)."""
+        if layout.shared is None:
+            return self._attend(layout, q_TND, k_TGD, v_TGD)
+        whole = (x.index_select(0, layout.shared.source_E) for x in (q_TND, k_TGD, v_TGD))
+        return self._attend(layout.shared.layout, *whole).index_select(0, layout.shared.place_T)
+
+    def _attend(self, layout: PackedLayout, q_TND: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """(T, N * D). Transformer Engine's takes rotated queries and keys too, and makes a padding mask of
         the causal one for sequences in a row."""
         if isinstance(self.core_attention, PackedSDPA):

@@ -114,7 +114,7 @@ class PolicyModel(GPTModel):
 
     def forward(self, batch: PackedBatch) -> Tensor:  # type: ignore[override]
         """(T, 1, H) hidden states; (T / TP, 1, H) under sequence parallelism."""
-        layout = PackedLayout.from_cu_seqlens(batch.cu_seqlens, batch.positions_T)
+        layout = PackedLayout.of(batch)
         embedded = None
         if self.pre_process:
             embedded = self.embedding(

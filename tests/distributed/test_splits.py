@@ -149,6 +149,8 @@ def off_policy_update(folder, case, algorithm, kwargs, max_tokens):
             "weights": exported(policy),
             "credit": credit(minibatch, groups),
             "microbatches": len(minibatch.batches),
+            "positions": sum(b.num_tokens for b in minibatch.batches),
+            "shared": sum(p >= 0 for b in minibatch.batches for p in b.shared_prompts),
         }
 
 
@@ -382,6 +384,7 @@ def test_update_is_that_of_the_paper(results, paper, folder, name, case):
         check_gradients(gradients(before, result["weights"]), want["grads"], before)
     if "micro-batches" in name or name == "DP=2":
         assert all(r["microbatches"] > 1 for r in results[name, case])
+    assert any(r["shared"] for r in results[name, case]), "no prompt is shared"
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if CASES[c]["timing"] == "rollout"])
@@ -418,9 +421,7 @@ def test_splits_agree_with_each_other(results, folder, name, case):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_imbalance_is_of_the_replicas(results, name):
-    samples = [[s for s in g.samples if s.reward is not None] for g in scored_groups()]
-    sizes = [sum(len(s.prompt.token_ids) + len(s.token_ids) - 1 for s in group) for group in samples]
-    replicas = [sum(sizes[0::2]), sum(sizes[1::2])] if name == "DP=2" else [sum(sizes)]
+    replicas = [r["positions"] for r in results[name, "untied"]] if name == "DP=2" else [1]
     want = max(replicas) / (sum(replicas) / len(replicas)) - 1
     assert (want > 0.01) is (name == "DP=2")
     for result in results[name, "untied"]:

@@ -55,9 +55,8 @@ def step(folder, vocab, tied):
     with split(c) as groups:
         algorithm = build_algorithm(c.algorithm, vocab_size=vocab)
         policy = build_policy(c, groups, total_updates=1, keep_reference=True)
-        learner = Learner(
-            policy, algorithm, temperature=c.rollout.temperature, max_tokens=c.train.max_tokens_per_microbatch
-        )
+        budget = c.train.max_tokens_per_microbatch
+        learner = Learner(policy, algorithm, temperature=0.9, max_tokens=budget, share_prompts=False)
         everything = samples(vocab)
         algorithm.assign_advantages(everything)
         (minibatch,) = learner.pack([algorithm.select(everything)])
@@ -79,7 +78,7 @@ def rollouts(folder):
     with split(c) as groups:
         algorithm = build_algorithm(c.algorithm, vocab_size=64)
         policy = build_policy(c, groups, total_updates=1, keep_reference=True)
-        learner = Learner(policy, algorithm, temperature=1.0, max_tokens=TOKENS)
+        learner = Learner(policy, algorithm, temperature=1.0, max_tokens=TOKENS, share_prompts=False)
         everything = samples(64)
         algorithm.assign_advantages(everything)
         minibatches = {n: learner.pack([algorithm.select(everything)] * n) for n in (1, 4)}

@@ -58,6 +58,61 @@ def test_tensors_equal_a_token_by_token_reference():
         assert batch.num_tokens <= 64 and batch.num_sequences == len(batch.sample_ids)
 
 
+def random_groups(rng: random.Random, longest_prompt: int, longest_response: int) -> list[PackItem]:
+    """Responses to ten prompts, two of which are equal, in groups of one to nine, and not all in a row."""
+    prompts = [[rng.randrange(1000) for _ in range(rng.randint(1, longest_prompt))] for _ in range(10)]
+    prompts[7] = list(prompts[2])
+    items = [
+        PackItem(
+            p, [rng.randrange(1000) for _ in range(rng.randint(1, longest_response))], rng.uniform(-2, 2)
+        )
+        for p in prompts
+        for _ in range(rng.randint(1, 9))
+    ]
+    items[0], items[-1] = items[-1], items[0]
+    return items
+
+
+def of_whole_sequence(batch, n, values_T):
+    """A response's per-token values, those of its shared prompt before them."""
+    bounds = batch.cu_seqlens.tolist()
+    before = batch.shared_prompts[n] if batch.shared_prompts else -1
+    places = list(range(bounds[n], bounds[n + 1]))
+    if before >= 0:
+        places = [*range(bounds[before], bounds[before + 1]), *places]
+    return values_T[places].tolist()
+
+
+@pytest.mark.parametrize(("prompt", "response", "least"), [(30, 10, 0.4), (30, 60, 0.1), (4, 90, 0.0)])
+def test_responses_to_a_prompt_share_it_where_that_saves_enough(prompt, response, least):
+    items = random_groups(random.Random(3), prompt, response)
+    budget = 128
+    batches = pack(items, max_tokens=budget, share_prompts=True)
+    assert sorted(i for b in batches for i in b.sample_ids if i >= 0) == list(range(len(items)))
+    for batch in batches:
+        assert batch.num_tokens <= budget and batch.num_sequences == len(batch.sample_ids)
+        repeated = 0
+        for n, index in enumerate(batch.sample_ids):
+            if index < 0:
+                assert batch.advantages_S[n] == 0 and n in batch.shared_prompts
+                assert not batch.loss_mask_T[batch.cu_seqlens[n] : batch.cu_seqlens[n + 1]].any()
+                continue
+            prompt_ids, response_ids = list(items[index].prompt_ids), list(items[index].response_ids)
+            whole = prompt_ids + response_ids
+            assert of_whole_sequence(batch, n, batch.tokens_T) == whole[:-1]
+            assert of_whole_sequence(batch, n, batch.targets_T) == whole[1:]
+            assert of_whole_sequence(batch, n, batch.positions_T) == list(range(len(whole) - 1))
+            counted = [False] * (len(prompt_ids) - 1) + [True] * len(response_ids)
+            assert of_whole_sequence(batch, n, batch.loss_mask_T) == counted
+            assert batch.advantages_S[n] == torch.tensor(items[index].advantage)
+            repeated += len(whole) - 1
+        assert repeated <= 4 * budget
+    values = unpack(batches, [batch.targets_T for batch in batches], len(items))
+    assert [value.tolist() for value in values] == [list(item.response_ids) for item in items]
+    plain, used = sum(item.num_positions for item in items), sum(batch.num_tokens for batch in batches)
+    assert 1 - used / plain > least or used == plain and not least, (used, plain)
+
+
 def test_unpack_gives_each_response_its_own_values():
     items = random_items(random.Random(1), 25)
     batches = pack(items, max_tokens=50, min_batches=30)
