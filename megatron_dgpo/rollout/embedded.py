@@ -1,7 +1,8 @@
-"""The engine inside the training process: transformers' own model and generation loop.
+"""The engine inside the training process: transformers' own model.
 
 For small models and the quick start. It takes weights and gives samples exactly as a server does.
-Shape suffixes: R rows of a batch (one sample each), L padded prompt length, N new tokens.
+Shape suffixes: R rows of a batch (one sample each), A rows still generating, P distinct prompts, L padded
+prompt length, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,18 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_dgpo.data.tokenizer import load_tokenizer
 from megatron_dgpo.rollout.engine import SamplingParams, spoken
-from megatron_dgpo.rollout.sampling import EndOrCompact, NonFiniteLogits, TokenChooser, uniforms
+from megatron_dgpo.rollout.key_values import KeyValues
+from megatron_dgpo.rollout.sampling import NonFiniteLogits, TokenChooser, uniforms
 from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
 
 NO_WEIGHTS = -1
@@ -38,6 +33,46 @@ _SCORED_LOGITS = 1 << 26
 
 def _ignore(_: int) -> None:
     """Nobody counts."""
+
+
+class _Batch:
+    """The rows that are still generating.
+
+    Args:
+        cache: of what comes before each row's last token.
+        tokens_A: int64, the last tokens.
+        mask_AL: bool; where the rows' tokens are, the last one included.
+    """
+
+    def __init__(
+        self, cache: KeyValues, tokens_A: torch.Tensor, mask_AL: torch.Tensor, max_new_tokens: int
+    ) -> None:
+        self.cache = cache
+        self.tokens_A = tokens_A
+        self.positions_A = mask_AL.sum(1) - 1
+        self._length = mask_AL.shape[1]
+        self._mask = torch.nn.functional.pad(mask_AL, (0, max_new_tokens), value=True)
+        self._padded = not bool(mask_AL.all())
+
+    def add(self, tokens_A: torch.Tensor) -> None:
+        """Every row has another token."""
+        self.tokens_A = tokens_A
+        self.positions_A = self.positions_A + 1
+        self._length += 1
+
+    def keep(self, kept: torch.Tensor) -> None:
+        """Go on with these rows."""
+        self.cache.batch_select_indices(kept)
+        self.positions_A, self._mask = self.positions_A[kept], self._mask[kept]
+        self._padded = not bool(self._mask.all())
+
+    def attention_mask(self) -> torch.Tensor | None:
+        """For the last tokens: None where no row is padded; where every layer sees all tokens, as attention
+        takes it, (A, 1, 1, tokens) bool, which spares transformers making it of the (A, tokens) one."""
+        if not self._padded:
+            return None
+        mask = self._mask[:, : self._length]
+        return mask[:, None, None] if self.cache.sees_all else mask.long()
 
 
 class EmbeddedEngine:
@@ -83,8 +118,6 @@ class EmbeddedEngine:
         with torch.random.fork_rng(devices=cuda), self._device:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         model.requires_grad_(False).eval()
-        # Nothing but SamplingParams may shape the output: no defaults from the folder.
-        model.generation_config = GenerationConfig()
         self._model: Any = model
         self._vocab_size = int(config.get_text_config().vocab_size)
         self._max_positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -199,7 +232,7 @@ class EmbeddedEngine:
         numbers_RN = np.stack([uniforms(params.seed, p.id, i, params.max_new_tokens) for p, i in rows])
         chooser = TokenChooser(params, torch.from_numpy(numbers_RN).to(self._device))
         try:
-            self._run(*self._left_padded([p.token_ids for p, _ in rows]), chooser, params, on_progress)
+            self._run([p.token_ids for p, _ in rows], chooser, params.max_new_tokens, on_progress)
         except NonFiniteLogits as error:
             names = sorted({rows[r][0].id for r in error.rows})
             raise RuntimeError(
@@ -210,46 +243,71 @@ class EmbeddedEngine:
 
     def _run(
         self,
-        ids_RL: torch.Tensor,
-        mask_RL: torch.Tensor,
+        prompts: Sequence[tuple[int, ...]],
         chooser: TokenChooser,
-        params: SamplingParams,
+        max_new_tokens: int,
         on_progress: Callable[[int], object],
     ) -> None:
-        """Call transformers' generate until every row has ended, dropping finished rows in between."""
-        cache = DynamicCache(config=self._model.config.get_text_config())
-        while chooser.step < params.max_new_tokens and len(ids_RL):
-            share = COMPACT_SHARE if len(ids_RL) >= COMPACT_MIN_ROWS else 0.0
-            before = ids_RL.shape[1]
-            ids_RL = self._model.generate(
-                ids_RL,
-                attention_mask=mask_RL,
+        """Choose tokens until every row has ended, dropping finished rows in between: each of them goes on
+        costing a forward pass."""
+        batch = self._begin(prompts, max_new_tokens)
+        while True:
+            chooser.choose(self._logits(batch))
+            if chooser.step == max_new_tokens:
+                break
+            share = COMPACT_SHARE if len(chooser.ended_A) >= COMPACT_MIN_ROWS else 0.0
+            going_on = int((~chooser.ended_A).sum())
+            if going_on <= share * len(chooser.ended_A):
+                kept = (~chooser.ended_A).nonzero().squeeze(1)
+                on_progress(len(chooser.ended_A) - going_on)
+                chooser.keep(kept)
+                batch.keep(kept)
+            if not going_on:
+                break
+            batch.add(chooser.chosen_A)
+        on_progress(len(chooser.ended_A))  # cut off at the limit
+
+    def _begin(self, prompts: Sequence[tuple[int, ...]], max_new_tokens: int) -> _Batch:
+        """Rows whose last prompt token is still to be computed. A prompt that several rows have is computed
+        once."""
+        distinct = list(dict.fromkeys(prompts))
+        ids_PL, mask_PL = self._left_padded(distinct)
+        cache = KeyValues(self._model.config.get_text_config())
+        if ids_PL.shape[1] > 1:
+            before = mask_PL[:, :-1]
+            self._model(
+                input_ids=ids_PL[:, :-1],
+                attention_mask=None if bool(before.all()) else before.long(),
+                position_ids=(before.cumsum(1) - 1).clamp(min=0),
                 past_key_values=cache,
-                logits_processor=LogitsProcessorList([chooser]),
-                stopping_criteria=StoppingCriteriaList([EndOrCompact(chooser, share)]),
-                generation_config=GenerationConfig(
-                    max_new_tokens=params.max_new_tokens - chooser.step,
-                    do_sample=False,
-                    use_cache=True,
-                ),
+                use_cache=True,
+                logits_to_keep=1,
             )
-            kept = (~chooser.ended_A).nonzero().squeeze(1)
-            chooser.keep(kept)
-            on_progress(len(ids_RL) - len(kept))
-            mask_RL = torch.nn.functional.pad(mask_RL, (0, ids_RL.shape[1] - before), value=1)
-            ids_RL, mask_RL = ids_RL[kept], mask_RL[kept]
-            cache.batch_select_indices(kept)
-        on_progress(len(ids_RL))  # cut off at the limit
+        place = {prompt: p for p, prompt in enumerate(distinct)}
+        rows = torch.tensor([place[prompt] for prompt in prompts], device=self._device)
+        cache.batch_select_indices(rows)
+        return _Batch(cache, ids_PL[rows, -1], mask_PL[rows], max_new_tokens)
+
+    def _logits(self, batch: _Batch) -> torch.Tensor:
+        """(A, V) float32: what follows each row's last token."""
+        out = self._model(
+            input_ids=batch.tokens_A.unsqueeze(1),
+            attention_mask=batch.attention_mask(),
+            position_ids=batch.positions_A.unsqueeze(1),
+            past_key_values=batch.cache,
+            use_cache=True,
+        )
+        return out.logits[:, -1].float()
 
     def _left_padded(self, sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and attention mask, int64 (R, L)."""
+        """Token ids, int64 (P, L), and where they are, bool (P, L)."""
         longest = max(map(len, sequences))
-        ids_RL = np.zeros((len(sequences), longest), dtype=np.int64)
-        mask_RL = np.zeros_like(ids_RL)
-        for r, sequence in enumerate(sequences):
-            ids_RL[r, longest - len(sequence) :] = sequence
-            mask_RL[r, longest - len(sequence) :] = 1
-        return torch.from_numpy(ids_RL).to(self._device), torch.from_numpy(mask_RL).to(self._device)
+        ids_PL = np.zeros((len(sequences), longest), dtype=np.int64)
+        mask_PL = np.zeros((len(sequences), longest), dtype=bool)
+        for p, sequence in enumerate(sequences):
+            ids_PL[p, longest - len(sequence) :] = sequence
+            mask_PL[p, longest - len(sequence) :] = True
+        return torch.from_numpy(ids_PL).to(self._device), torch.from_numpy(mask_PL).to(self._device)
 
     def _samples(
         self, rows: list[tuple[Prompt, int]], chooser: TokenChooser, params: SamplingParams

@@ -11,17 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    StoppingCriteria,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from megatron_dgpo.rollout.engine import SamplingParams
 
+_UNREAD: Any = None
+"""The token ids that transformers' filters are given, and none of these reads."""
 _BELOW_ONE = 1 - 2.0**-40
 """Keeps uniform * total below the total when the cumulative sum is searched in float64."""
 
@@ -54,12 +49,8 @@ class NonFiniteLogits(RuntimeError):
         self.rows = rows
 
 
-class TokenChooser(LogitsProcessor):
-    """Chooses each row's next token and makes it the only possible one.
-
-    It runs as the last logits processor of a greedy `generate`: it picks a token from the scores by
-    inverse CDF, notes token and log-probability, and raises the token's score to +inf, so that the
-    argmax that follows returns it. Only one step's scores exist at a time.
+class TokenChooser:
+    """Chooses each row's next token from its logits by inverse CDF, and notes token and log-probability.
 
     Results are in `tokens_RN` and `log_probs_RN`; columns after a row's stop token mean nothing.
     """
@@ -70,6 +61,7 @@ class TokenChooser(LogitsProcessor):
         self.log_probs_RN = torch.zeros(uniform_RN.shape, dtype=torch.float32, device=device)
         self.active_A = torch.arange(uniform_RN.shape[0], device=device)
         self.ended_A = torch.zeros_like(self.active_A, dtype=torch.bool)
+        self.chosen_A = torch.zeros_like(self.active_A)
         self.step = 0
         self._uniform_RN = uniform_RN
         self._params = params
@@ -86,40 +78,25 @@ class TokenChooser(LogitsProcessor):
         """Go on with these positions of the active rows only."""
         self.active_A = self.active_A[kept]
         self.ended_A = self.ended_A[kept]
+        self.chosen_A = self.chosen_A[kept]
 
-    def __call__(self, input_ids: Any, scores: torch.Tensor) -> torch.Tensor:
-        """`scores`: (A, V) float32 logits, a copy that generate hands over; changed and returned."""
+    def choose(self, logits_AV: torch.Tensor) -> None:
+        """Take a step's logits, float32; what they say is in `chosen_A` and `ended_A`.
+
+        Raises NonFiniteLogits.
+        """
         params = self._params
-        scaled_AV = scores if params.temperature in (0, 1) else scores / params.temperature
+        scaled_AV = logits_AV if params.temperature in (0, 1) else logits_AV / params.temperature
         lse_A = scaled_AV.logsumexp(-1)
         if not torch.isfinite(lse_A).all():
             raise NonFiniteLogits(self.active_A[~torch.isfinite(lse_A)].tolist())
         if params.greedy:
-            token_A = scaled_AV.argmax(-1)
+            self.chosen_A = scaled_AV.argmax(-1)
         else:
-            probs_AV = self._filters(input_ids, scaled_AV).softmax(-1, dtype=torch.float64)
-            token_A = inverse_cdf(probs_AV, self._uniform_RN[self.active_A, self.step])
-        token_A1 = token_A.unsqueeze(1)
-        self.tokens_RN[self.active_A, self.step] = token_A
-        self.log_probs_RN[self.active_A, self.step] = scaled_AV.gather(1, token_A1).squeeze(1) - lse_A
-        self.ended_A |= torch.isin(token_A, self._stops)
+            probs_AV = self._filters(_UNREAD, scaled_AV).softmax(-1, dtype=torch.float64)
+            self.chosen_A = inverse_cdf(probs_AV, self._uniform_RN[self.active_A, self.step])
+        log_probs_A = scaled_AV.gather(1, self.chosen_A.unsqueeze(1)).squeeze(1) - lse_A
+        self.tokens_RN[self.active_A, self.step] = self.chosen_A
+        self.log_probs_RN[self.active_A, self.step] = log_probs_A
+        self.ended_A |= torch.isin(self.chosen_A, self._stops)
         self.step += 1
-        return scores.scatter_(1, token_A1, torch.inf)
-
-
-class EndOrCompact(StoppingCriteria):
-    """Ends rows that met their stop token, and the whole call when few enough rows are left.
-
-    Finished rows go on costing a forward pass each. Once no more than `share` of the rows are
-    active, the call ends; the caller drops the finished rows and starts it again from the cache.
-    """
-
-    def __init__(self, chooser: TokenChooser, share: float) -> None:
-        self._chooser = chooser
-        self._share = share
-
-    def __call__(self, input_ids: torch.Tensor, scores: object, **kwargs: object) -> torch.Tensor:
-        ended_A = self._chooser.ended_A
-        if len(ended_A) - int(ended_A.sum()) <= self._share * len(ended_A):
-            return torch.ones_like(ended_A)
-        return ended_A

@@ -62,14 +62,14 @@ def test_uniforms_are_uniform_stable_and_extendable() -> None:
     assert abs(between) < 4 / len(drawn) ** 0.5
 
 
-def test_chooser_records_unfiltered_log_probs_and_forces_its_token() -> None:
+def test_chooser_records_unfiltered_log_probs() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(6, 12, generator=generator) * 3
     params = SamplingParams(1, temperature=0.5, top_k=4, top_p=0.9, min_p=0.05)
     uniform = torch.rand(6, 1, dtype=torch.float64, generator=generator)
     chooser = TokenChooser(params, uniform)
-    forced = chooser(torch.zeros(6, 1, dtype=torch.int64), logits.clone()).argmax(-1)
-    assert torch.equal(forced, chooser.tokens_RN[:, 0])
+    chooser.choose(logits)
+    assert torch.equal(chooser.chosen_A, chooser.tokens_RN[:, 0])
     for row in range(6):
         probs = (logits[row].double() / 0.5).softmax(-1)
         kept = probs.argsort(descending=True).tolist()[:4]
@@ -79,16 +79,16 @@ def test_chooser_records_unfiltered_log_probs_and_forces_its_token() -> None:
         kept = sorted(t for t in kept if probs[t] >= 0.05 * probs.max())
         cdf = (probs[kept] / probs[kept].sum()).cumsum(0)
         expected = kept[int((cdf <= uniform[row, 0]).sum())]
-        assert int(forced[row]) == expected
+        assert int(chooser.chosen_A[row]) == expected
         assert abs(float(chooser.log_probs_RN[row, 0]) - float(probs[expected].log())) < 1e-5
 
 
 def test_chooser_names_the_original_rows_of_non_finite_logits() -> None:
     chooser = TokenChooser(SamplingParams(3), torch.full((4, 3), 0.5, dtype=torch.float64))
-    chooser(torch.zeros(4, 1, dtype=torch.int64), torch.zeros(4, 5))
+    chooser.choose(torch.zeros(4, 5))
     chooser.keep(torch.tensor([1, 3]))
     bad = torch.zeros(2, 5)
     bad[1, 2] = torch.nan
     with pytest.raises(NonFiniteLogits) as caught:
-        chooser(torch.zeros(2, 1, dtype=torch.int64), bad)
+        chooser.choose(bad)
     assert caught.value.rows == [3]
