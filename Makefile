@@ -6,7 +6,7 @@
 # make sglang       SGLang in an environment of its own, without a GPU
 # make test-mcore   the tests of training and checkpoints on another megatron-core (MCORE=0.19.2), on the same Python
 # make lint         ruff and mypy
-# make bench        step time against TRL
+# make bench        step time against TRL's, on the quick start's model and on SmolLM2-135M
 #
 # PYTHON    interpreter that makes .venv (3.11 to 3.13)
 # PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
@@ -62,6 +62,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN) python tools/bench/vs_trl.py
+	$(RUN) python tools/bench/vs_trl.py --task smollm2
 
 install: $(STAMP) $(SGLANG_STAMP)
 

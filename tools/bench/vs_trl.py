@@ -1,12 +1,12 @@
 """Times an RL step of this project against one of TRL's GRPOTrainer, in turns in one run.
 
-    python tools/bench/vs_trl.py [--algorithm grpo|grpo-kl|dgpo] [--rounds 5]
+    python tools/bench/vs_trl.py [--task quickstart|smollm2] [--algorithm grpo|grpo-kl|dgpo] [--rounds 5]
 
-Both start from the same checkpoint (the quick start's cold start, unless --model and --data say
-otherwise) and take the same prompts, in the same order, with the same sampling, optimizer and number of
-updates, all from one config file. A round is one TRL run and one run of each of our layouts; each run's
-first steps are warm-up and left out. Ratios are between the runs of one round, so that slow drifts of
-the machine cancel. Use a machine that does nothing else.
+Both start from the same checkpoint (the quick start's cold start or SmolLM2-135M-Instruct, unless --model
+and --data say otherwise) and take the same prompts, in the same order, with the same sampling, optimizer
+and number of updates, all from one config file. A round is one TRL run and one run of each of our layouts;
+each run's first steps are warm-up and left out. Ratios are between the runs of one round, so that slow
+drifts of the machine cancel. Use a machine that does nothing else.
 
 Before the first round TRL tries several numbers of processes, threads and backward passes an update, and
 keeps the fastest on one core and the fastest on more; ours takes one thread a process throughout. A ratio
@@ -16,6 +16,7 @@ is between runs on as many cores.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
 import json
 import os
@@ -45,6 +46,46 @@ ALGORITHMS: dict[str, tuple[float, dict[str, Any]]] = {
 }
 LAYOUTS = {"ours, 1 process": (1, 1), "ours, TP=2": (2, 2), "ours, DP=2": (2, 1)}  # (processes, TP)
 KEYS = ("time/step", "response_tokens", "memory/peak_rss_bytes")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained, and how often."""
+
+    config: Path
+    model: Path
+    data: Path
+    layouts: tuple[str, ...]
+    rounds: int
+    steps: int
+    warm_up: int
+    timeout: float
+
+
+QUICKSTART, SMOLLM2 = ROOT / "runs" / "quickstart" / "seed1", ROOT / "runs" / "bench" / "smollm2"
+TASKS = {
+    "quickstart": Task(
+        ROOT / "examples" / "quickstart" / "dgpo.toml",
+        QUICKSTART / "coldstart" / "hf",
+        QUICKSTART / "data" / "train.jsonl",
+        tuple(LAYOUTS),
+        rounds=5,
+        steps=8,
+        warm_up=2,
+        timeout=300.0,
+    ),
+    # 9 heads in 3 groups: no TP=2.
+    "smollm2": Task(
+        ROOT / "tools" / "bench" / "smollm2.toml",
+        SMOLLM2 / "model",
+        SMOLLM2 / "train.jsonl",
+        ("ours, 1 process", "ours, DP=2"),
+        rounds=3,
+        steps=4,
+        warm_up=1,
+        timeout=1200.0,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -219,20 +260,29 @@ def report(rounds: list[dict[str, Result]], trl: dict[int, TrlSettings]) -> None
 
 
 def parse_arguments() -> argparse.Namespace:
-    quickstart, now = ROOT / "runs" / "quickstart" / "seed1", datetime.datetime.now()
+    now = datetime.datetime.now()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=TASKS, default="quickstart", help="says what is not given")
     parser.add_argument("--algorithm", choices=ALGORITHMS, default="grpo")
-    parser.add_argument("--config", type=Path, default=ROOT / "examples" / "quickstart" / "dgpo.toml")
-    parser.add_argument("--model", type=Path, default=quickstart / "coldstart" / "hf")
-    parser.add_argument("--data", type=Path, default=quickstart / "data" / "train.jsonl")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="of a run, warm-up included")
-    parser.add_argument("--warm-up", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a run may take")
+    parser.add_argument("--config", type=Path)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--steps", type=int, help="of a run, warm-up included")
+    parser.add_argument("--warm-up", type=int)
+    parser.add_argument("--timeout", type=float, help="seconds that a run may take")
     parser.add_argument("--trl", type=TrlSettings.parse, help="PROCESSES,THREADS,BACKWARD_PASSES: no search")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench" / f"vs_trl-{now:%Y%m%d-%H%M%S}")
     arguments = parser.parse_args()
+    for field in dataclasses.fields(Task):
+        if getattr(arguments, field.name) is None:
+            setattr(arguments, field.name, getattr(TASKS[arguments.task], field.name))
+    arguments.pins = trl_environment.make()
+    if arguments.model == TASKS["smollm2"].model:
+        make = [trl_environment.PYTHON, ROOT / "tools" / "bench" / "smollm2.py", SMOLLM2]
+        if subprocess.run(make).returncode:
+            sys.exit(1)
     for path in (arguments.model / "config.json", arguments.data):
         if not path.exists():
             parser.error(f"{path} does not exist: run the quick start first, or give --model and --data")
@@ -248,10 +298,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     bench = Bench(arguments)
-    pins = trl_environment.make()
     arguments.out.mkdir(parents=True)
     t = bench.config.train
-    print(f"{json.dumps(describe_machine())}\nTRL: {', '.join(pins)}")
+    print(f"{json.dumps(describe_machine())}\nTRL: {', '.join(arguments.pins)}")
     print(f"{t.prompts_per_step} prompts x {t.samples_per_prompt} samples a step; logs in {arguments.out}")
     print(f"ours: {arguments.algorithm}; TRL: GRPO with beta {bench.beta}", flush=True)
     trl = {arguments.trl.cores: arguments.trl} if arguments.trl else bench.fastest_trl()
