@@ -44,6 +44,7 @@ from megatron_dgpo.rollout.engine import Engine, SamplingParams
 from megatron_dgpo.rollout.policies import samples_of
 from megatron_dgpo.types import Prompt
 from megatron_dgpo.weights import convert
+from megatron_dgpo.weights.export import shared_tensors
 
 if TYPE_CHECKING:
     from megatron_dgpo.rollout.sglang.engine import SGLangEngine
@@ -209,16 +210,22 @@ def build_critic(config: Config, groups: platform.Groups, *, total_updates: int)
     return Critic(Policy(model, groups, optimizer, total_updates=total_updates, ddp=config.ddp), algorithm)
 
 
-def build_engine(config: AnyConfig, groups: platform.Groups) -> EmbeddedEngine | SGLangEngine:
-    """The engine that the config names; collective."""
+def build_engine(
+    config: AnyConfig, groups: platform.Groups, policy: Policy | None = None
+) -> EmbeddedEngine | SGLangEngine:
+    """The engine that the config names; collective. An embedded one shares the weights of a policy that does
+    not train while it generates, as far as it can."""
     if isinstance(config, Config) and config.rollout.engine == "sglang":
         return _sglang_engine(config, groups)
-    return EmbeddedEngine(
+    engine = EmbeddedEngine(
         config.model.path,
         dtype=DTYPES[config.model.params_dtype],
         device=groups.device,
         max_batch_size=config.rollout.max_batch_size,
     )
+    if policy is not None and not (isinstance(config, Config) and config.train.async_steps):
+        engine.share(shared_tensors(policy.model, groups), lambda: policy.updates)
+    return engine
 
 
 def _sglang_engine(config: Config, groups: platform.Groups) -> SGLangEngine:

@@ -71,7 +71,7 @@ class Trainer:
         self.critic = None
         if self.algorithm.needs_critic:
             self.critic = build_critic(config, groups, total_updates=updates)
-        self.engine = build_engine(config, groups)
+        self.engine = build_engine(config, groups, self.policy)
         score = partial(score_sequences, self.policy, max_tokens=c.max_tokens_per_microbatch)
         # A few are enough, and the first of the order that the run draws in.
         first = [self.prompts[i] for i in self.cursor.indices(0)[:4]]

@@ -124,6 +124,8 @@ class Policy:
         self.groups = groups
         self.shape = model.shape
         self.config = model.config
+        self.updates = 0
+        """How often `update` has changed the weights."""
         self._reference = None if reference is None else Reference(model, groups, reference)
         with platform.megatron_calls():
             self.ddp = self._wrap(ddp or {})
@@ -175,6 +177,7 @@ class Policy:
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._schedule(batches, loss_fn, on_batch, ignore, forward_only=False)
+        self.updates += 1
         with platform.megatron_calls():
             ok, grad_norm, _ = self.optimizer.step()
         learning_rate = max(g["lr"] for g in self.optimizer.param_groups)

@@ -7,8 +7,9 @@ prompt length, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from megatron_dgpo.rollout.engine import SamplingParams, spoken
 from megatron_dgpo.rollout.key_values import KeyValues
 from megatron_dgpo.rollout.sampling import NonFiniteLogits, TokenChooser, uniforms
 from megatron_dgpo.types import Group, Prompt, Sample, VersionSpan
+
+log = logging.getLogger(__name__)
 
 NO_WEIGHTS = -1
 COMPACT_SHARE = 0.5
@@ -111,6 +114,9 @@ class EmbeddedEngine:
         self._lock = threading.Lock()
         self._version = NO_WEIGHTS
         self._last_version = NO_WEIGHTS
+        self._shared: set[str] = set()
+        self._changes: Callable[[], int] = lambda: 0
+        self._changes_at_update = 0
         config = AutoConfig.from_pretrained(model_path)
         self._tokenizer = load_tokenizer(Path(model_path))
         cuda = [self._device] if self._device.type == "cuda" else []
@@ -136,15 +142,33 @@ class EmbeddedEngine:
 
     # --- weights ----------------------------------------------------------------------------------
 
+    def share(self, tensors: Mapping[str, torch.Tensor], changes: Callable[[], int]) -> None:
+        """Hold these tensors themselves, by name, in place of copies, where shape, dtype and device are the
+        model's. Who owns them may change them in place at any time but during a call, and counts that in
+        `changes`: the engine then has the rest of its weights from before, and refuses to generate and to
+        score until the next `update_weights`."""
+        with self._lock:
+            for name, parameter in self._open_model().named_parameters():
+                tensor = tensors.get(name)
+                if tensor is None or tensor.dtype != parameter.dtype or tensor.device != parameter.device:
+                    continue
+                if tensor.shape == parameter.shape:
+                    parameter.data = tensor
+                    self._shared.add(name)
+            self._changes = changes
+            self._version = NO_WEIGHTS
+        log.info("the embedded engine shares %d tensors with the policy", len(self._shared))
+
     def update_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
-        """Copy a full set of weights into the model, in place.
+        """Copy a full set of weights into the model, in place; of shared ones only check that they are these.
 
         A name of a tied pair stands for both; where both come, they must be equal. After an error
         the engine refuses to generate until an update succeeds.
 
         Raises:
             KeyError: for unknown, repeated or missing names, listing them.
-            ValueError: for a shape that differs, unequal tied tensors, or a version below the last one.
+            ValueError: for a shape that differs, unequal tied tensors, other values than those of a shared
+                tensor, or a version below the last one.
         """
         if version < max(self._last_version, 0):
             raise ValueError(f"weight version {version} is older than the engine's {self._last_version}")
@@ -171,7 +195,9 @@ class EmbeddedEngine:
                 twin = filled.setdefault(storages[name], name)
                 if twin != name and not torch.equal(targets[name], tensor.to(targets[name])):
                     raise ValueError(f"weights {twin!r} and {name!r} are tied by the config but differ")
-                taken[name] = targets[name].copy_(tensor)
+                if name in self._shared and not torch.equal(targets[name], tensor):
+                    raise ValueError(f"weight {name!r} is shared with the policy, and other values came")
+                taken[name] = targets[name] if name in self._shared else targets[name].copy_(tensor)
         missing = [name for name in targets if storages[name] not in filled]
         if unknown or missing:
             raise KeyError(
@@ -179,6 +205,7 @@ class EmbeddedEngine:
                 f"unknown or repeated {unknown or 'none'}"
             )
         self._version = self._last_version = version
+        self._changes_at_update = self._changes()
 
     # --- generation -------------------------------------------------------------------------------
 
@@ -386,6 +413,11 @@ class EmbeddedEngine:
         self._open_model()
         if self._version == NO_WEIGHTS:
             raise RuntimeError("the engine has no complete weights: call update_weights first")
+        if self._changes() != self._changes_at_update:
+            raise RuntimeError(
+                f"the policy has changed since weight version {self._version}, and the engine shares its "
+                "memory: call update_weights first"
+            )
 
     def _check_tokens(self, tokens: Sequence[int], who: str) -> None:
         if not len(tokens):

@@ -75,6 +75,22 @@ def export_stream(
             yield from zip(entry.hf, from_full(entry, join(entry, shards), plan.shape), strict=True)
 
 
+def shared_tensors(model: PolicyModel, groups: platform.Groups) -> dict[str, Tensor]:
+    """Those of the policy's tensors that are, whole and under their Hugging Face names, views of its own
+    memory, and so change with it. All but queries, keys and values, on a rank that holds the whole model;
+    none on others."""
+    if groups.tp.size() * groups.pp.size() > 1:
+        return {}
+    table = NameTable(model.shape.family, model.shape.num_layers, tied=model.shape.tied)
+    found: dict[str, Tensor] = {}
+    for entry, parameter in local_entries(model, table):
+        memory = parameter.untyped_storage().data_ptr()
+        for name, tensor in zip(entry.hf, from_full(entry, parameter.detach(), model.shape), strict=True):
+            if tensor.is_contiguous() and tensor.untyped_storage().data_ptr() == memory:
+                found[name] = tensor
+    return found
+
+
 def stage_buckets(
     model: PolicyModel,
     groups: platform.Groups,

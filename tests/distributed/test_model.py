@@ -65,6 +65,19 @@ def keep_gradients(policy):
     return kept
 
 
+def shared(policy, groups):
+    """The tensors that an engine of this rank may hold itself, and whether they are the policy's."""
+    from megatron_dgpo.weights.export import export_stream, shared_tensors
+
+    found = shared_tensors(policy.model, groups)
+    if not found:
+        return set(), True
+    memories = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    same = all(t.untyped_storage().data_ptr() in memories for t in found.values())
+    equal = all(torch.equal(t, found[n]) for n, t in export_stream(policy.model, groups) if n in found)
+    return set(found), same and equal
+
+
 def work_at(family, name, folder, tied):
     from megatron_dgpo.data.packing import PackItem, pack
     from megatron_dgpo.learner import policy_stats, supervised_loss
@@ -85,7 +98,7 @@ def work_at(family, name, folder, tied):
         def logits(hidden, weight, batch):
             return logits_of(policy, hidden, weight, batch)
 
-        got = {"logits": None, "log_probs": log_probs()}
+        got = {"logits": None, "log_probs": log_probs(), "shared": shared(policy, groups)}
         if values := policy.forward(batches, logits):
             got["logits"] = by_sequence(batches, values, len(pairs))
         for batch in batches:
@@ -236,6 +249,15 @@ def test_logits_and_log_probs_are_those_of_transformers(ranks, folder, family, n
     want = transformers_log_probs(folder / f"{family}{tied}")
     for got in speakers(ranks, key, "log_probs"):
         assert largest_difference(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(("family", "name", "tied"), CASES)
+def test_all_but_qkv_can_be_shared_where_a_rank_has_the_whole_model(ranks, folder, family, name, tied):
+    every = set(hf_tensors(folder / f"{family}{tied}"))
+    wanted = {n for n in every if not any(f"{x}_proj" in n for x in "qkv")} if name == "DP=2" else set()
+    for rank in ranks:
+        names, right = rank[family, name, tied]["shared"]
+        assert names == wanted and right
 
 
 # A gradient is a sum over some 90 tokens, and its error is one of rounding relative to its largest entry.

@@ -290,6 +290,38 @@ def test_a_stop_token_in_the_last_place_counts_as_stop(engine) -> None:
     assert (sample.token_ids, sample.finish_reason) == (tokens[: at + 1], "stop")
 
 
+def test_shared_weights_are_no_copies_and_are_not_used_between_updates(folder, model) -> None:
+    """Half of the tensors are the owner's own; after a change of his the engine waits for the other half."""
+    owned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lent = {name: tensor for name, tensor in owned.items() if "proj" not in name}
+    changes = [0]
+    engine, prompts, params = make_engine(folder), make_prompts(4), SamplingParams(12, n=3, seed=9)
+    engine.share(lent, lambda: changes[0])
+    with pytest.raises(RuntimeError, match="update_weights first"):
+        engine.generate(prompts, params)
+    engine.update_weights(owned.items(), 1)
+    held = {name: p.data_ptr() for name, p in engine._model.named_parameters()}
+    assert {n for n in held if held[n] == owned[n].data_ptr()} == set(lent) and 0 < len(lent) < len(held)
+    want = make_engine(folder, model).generate(prompts, params)
+    assert tokens_of(engine.generate(prompts, params)) == tokens_of(want)
+
+    for tensor in owned.values():
+        tensor.mul_(1.25)
+    changes[0] += 1
+    for call in (lambda: engine.generate(prompts, params), lambda: engine.log_probs([[2, 3]])):
+        with pytest.raises(RuntimeError, match="the policy has changed since weight version 1"):
+            call()
+    engine.update_weights(owned.items(), 2)
+    plain = make_engine(folder)
+    plain.update_weights(owned.items(), 2)
+    assert tokens_of(engine.generate(prompts, params)) == tokens_of(plain.generate(prompts, params))
+    assert tokens_of(engine.generate(prompts, params)) != tokens_of(want)
+    name = next(iter(lent))
+    others = {**owned, name: owned[name] + 1}
+    with pytest.raises(ValueError, match=f"{name}.* is shared with the policy"):
+        engine.update_weights(others.items(), 3)
+
+
 def test_text_order_and_index(engine) -> None:
     prompts = make_prompts(5)
     groups = engine.generate(prompts, SamplingParams(12, n=3, seed=9, stop_token_ids=(EOS,)))
