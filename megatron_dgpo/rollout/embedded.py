@@ -179,7 +179,7 @@ class EmbeddedEngine:
         targets = self._open_model().state_dict()
         self._version = NO_WEIGHTS
         storages = {name: target.data_ptr() for name, target in targets.items()}
-        taken: dict[str, torch.Tensor] = {}
+        taken: set[str] = set()
         filled: dict[int, str] = {}
         unknown: list[str] = []
         with torch.no_grad():
@@ -195,9 +195,11 @@ class EmbeddedEngine:
                 twin = filled.setdefault(storages[name], name)
                 if twin != name and not torch.equal(targets[name], tensor.to(targets[name])):
                     raise ValueError(f"weights {twin!r} and {name!r} are tied by the config but differ")
-                if name in self._shared and not torch.equal(targets[name], tensor):
+                if name not in self._shared:
+                    targets[name].copy_(tensor)
+                elif tensor.data_ptr() != storages[name] and not torch.equal(targets[name], tensor):
                     raise ValueError(f"weight {name!r} is shared with the policy, and other values came")
-                taken[name] = targets[name] if name in self._shared else targets[name].copy_(tensor)
+                taken.add(name)
         missing = [name for name in targets if storages[name] not in filled]
         if unknown or missing:
             raise KeyError(

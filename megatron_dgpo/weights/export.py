@@ -58,13 +58,21 @@ def export_stream(
     *,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     value: Value = Tensor.detach,
+    to_keep: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield every (Hugging Face name, full tensor) of the policy, on every rank, in one order.
 
-    The tensors have the dtype of `value`'s, are on the policy's device and the consumer's to keep.
+    The tensors have the dtype of `value`'s, are on the policy's device and the consumer's to keep. Without
+    `to_keep` they may be views of the policy's memory, where a rank holds the whole model.
+
     Raises KeyError for a parameter without a name, or a name that no stage holds.
     """
     plan = _Plan(model, groups, value)
+    if not to_keep and groups.tp.size() * groups.pp.size() == 1:
+        for item in plan.items:
+            entry = plan.table.from_megatron(item.name)
+            yield from zip(entry.hf, from_full(entry, plan.mine[item.name], plan.shape), strict=True)
+        return
     for items in _runs(plan.items, bucket_bytes, groups.tp.size()):
         mine = items[0].stage == groups.pp.rank()
         gathered = _gather(items, plan.mine, groups) if mine else _empty(items, groups)

@@ -153,7 +153,7 @@ class WeightSync:
             )
             changed = changed or replaced
         else:
-            stream = export_stream(self._model, self._groups, bucket_bytes=limit)
+            stream = export_stream(self._model, self._groups, bucket_bytes=limit, to_keep=False)
             self._engine.update_weights(stream, version)
             for _ in stream:  # an engine that stops early must not leave the other ranks waiting
                 pass
