@@ -183,7 +183,7 @@ class SGLangConfig(Section):
 
 class RolloutConfig(GenerationConfig):
     engine: Literal["embedded", "sglang"] = "embedded"
-    """embedded: transformers' generation in the training processes. sglang: SGLang servers."""
+    """embedded: transformers' model in the training processes. sglang: SGLang servers."""
     sglang: SGLangConfig = SGLangConfig()
     """Of the engine of that name."""
     temperature: Positive = 1.0
