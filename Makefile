@@ -7,6 +7,7 @@
 # make test-mcore   the tests of training and checkpoints on another megatron-core (MCORE=0.19.2), on the same Python
 # make lint         ruff and mypy
 # make bench        step time against TRL's, on the quick start's model and on SmolLM2-135M
+# make bench-gpu    tests/gpu and the benches on this machine's GPU, in one table (MINUTES=10: in ten minutes)
 #
 # PYTHON    interpreter that makes .venv (3.11 to 3.13)
 # PIP_ARGS  more words for pip, such as an index that has CPU builds of torch
@@ -33,7 +34,7 @@ MCORE_TESTS := tests/distributed/test_checkpoint.py \
 	tests/distributed/test_killed.py::test_killed_while_a_run_saves_the_checkpoint_before_loads \
 	tests/distributed/test_platform.py tests/unit/test_startup.py::test_a_rank tests/unit/test_versions.py
 
-.PHONY: quickstart test test-fast test-gpu test-mcore lint bench install sglang
+.PHONY: quickstart test test-fast test-gpu test-mcore lint bench bench-gpu install sglang
 
 quickstart: $(STAMP) $(if $(filter sglang,$(ENGINE)),$(SGLANG_STAMP))
 	$(RUN) QUICKSTART_ENGINE=$(ENGINE) QUICKSTART_DEVICE=$(DEVICE) bash examples/quickstart/run.sh
@@ -63,6 +64,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(RUN) python tools/bench/vs_trl.py
 	$(RUN) python tools/bench/vs_trl.py --task smollm2
+
+bench-gpu: $(STAMP)
+	$(RUN) python tools/bench/gpu.py $(if $(MINUTES),--minutes $(MINUTES))
 
 install: $(STAMP) $(SGLANG_STAMP)
 

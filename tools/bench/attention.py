@@ -15,6 +15,7 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +37,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, default=Path("runs/bench/attention.json"))
     return parser.parse_args()
 
 
@@ -90,14 +92,23 @@ def main() -> None:
             spent = seconds(attention, qkv, made[name])
             if n:  # the first warms up
                 times[name].append(spent)
-    print(json.dumps(describe_machine()), json.dumps(vars(args)), sep="\n")
+    machine, settings = describe_machine(), {k: v for k, v in vars(args).items() if k != "json"}
+    print(json.dumps(machine), json.dumps(settings), sep="\n")
     print(f"{sum(lengths)} tokens, longest {max(lengths)}")
     for name, layout in made.items():
         size = f"{layout.places:9d} places, {len(layout.grids)} grids"
         print(f"{name:12s}{statistics.median(times[name]):10.4f} s {size}")
     ratios = [a / b for a, b in zip(times["one grid"], times["as trained"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
-    print(f"one grid takes {statistics.median(ratios):.2f} times as long (quartiles {low:.2f} to {high:.2f})")
+    ratio = (
+        f"one grid takes {statistics.median(ratios):.2f} times as long (quartiles {low:.2f} to {high:.2f})"
+    )
+    print(ratio)
+    lines = [(name, f"{statistics.median(times[name]):.4f} s") for name in made] + [("ratio", ratio)]
+    out = {"machine": machine, "settings": settings, "seconds": times, "summary": lines}
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(out, indent=1) + "\n")
+    print(f"written to {args.json}")
 
 
 if __name__ == "__main__":

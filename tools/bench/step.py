@@ -211,8 +211,10 @@ def report(rows: dict[str, dict[str, Any]], args: argparse.Namespace) -> None:
         low, high = row["quartiles"]
         times = "".join(f"{row[k]:11.3f}" for k in ("prepare", "update", "total"))
         print(f"{name:26s}{times}   {row['ratio']:.3f} ({low:.3f} to {high:.3f})")
+    lines = [(name, f"{row['total']:.3f} s, {row['ratio']:.3f} times {BASE}") for name, row in rows.items()]
+    out = {"machine": machine, "shape": shape, "rows": rows, "summary": lines}
     args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps({"machine": machine, "shape": shape, "rows": rows}, indent=1) + "\n")
+    args.json.write_text(json.dumps(out, indent=1) + "\n")
     print(f"written to {args.json}")
 
 

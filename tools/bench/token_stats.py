@@ -346,17 +346,24 @@ def main() -> None:
     print(json.dumps(result["machine"]))
     print(f"T = {args.tokens}, H = {args.hidden}, V = {args.vocab}, {args.dtype}; forward + backward")
     rows = result["rows"] = measure_rows(args)
+    result["summary"] = [
+        (name, row.get("error") or f"{row['seconds']:.4f} s, {row['peak_extra_mib']:.0f} MiB")
+        for name, row in rows.items()
+    ]
     pairs = [(next(iter(rows)), other) for other in ("full logits", "floor")]
     for one, other in [*pairs, ("ours, no ref", "megatron"), ("no ref, 1 pass", "ours, no ref")]:
         if all("seconds" in rows.get(name, {}) for name in (one, other)):
             ratios = [rows[one][k] / max(rows[other][k], 1e-9) for k in ("seconds", "peak_extra_mib")]
             print(f"{one} / {other}: time {ratios[0]:.2f}, peak extra memory {ratios[1]:.3f}")
+            result["summary"].append((f"{one} / {other}", f"time {ratios[0]:.2f}, memory {ratios[1]:.3f}"))
     if torch.cuda.is_available():
         widths = (args.vocab // 8, args.vocab)
         result["logits"] = [logits_bandwidth(args.tokens, w) for w in widths]
         result["matrix"] = [matrix_share(args, w) for w in widths]
         for row in result["logits"] + result["matrix"]:
-            print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})
+            said = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
+            print(said)
+            result["summary"].append(("rates", ", ".join(f"{k} {v}" for k, v in said.items())))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(result, indent=1) + "\n")
     print(f"written to {args.json}")

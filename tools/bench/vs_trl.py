@@ -20,7 +20,6 @@ import dataclasses
 import datetime
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import trl_environment
+from processes import RunFailed, run
 
 from megatron_dgpo.cli import load, refusals
 from megatron_dgpo.config import Config
@@ -125,10 +125,6 @@ class TrlSettings:
 CANDIDATES = (TrlSettings(1, 1, 1), TrlSettings(1, 2, 1), TrlSettings(1, 2, 2), TrlSettings(2, 1, 1))
 
 
-class RunFailed(Exception):
-    """A run that ended badly or took too long; the message names its log."""
-
-
 def measure(rows: Sequence[Mapping[str, Any]], steps: int, warm_up: int) -> Result:
     """Raises ValueError where a step or a key is missing."""
     rows = [row for row in rows if row["phase"] == "train"]
@@ -140,35 +136,6 @@ def measure(rows: Sequence[Mapping[str, Any]], steps: int, warm_up: int) -> Resu
     seconds, tokens, peak = ([row[key] for row in rows[warm_up:]] for key in KEYS)
     speed = sum(tokens) / sum(seconds)
     return Result(speed, statistics.median(seconds), statistics.mean(tokens), max(peak) / 2**20)
-
-
-def run(command: Sequence[str], log: Path, threads: int, timeout: float) -> str:
-    """Run to the end and return stdout; stderr goes to the log. Raises RunFailed."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    with log.open("w") as errors:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=timeout)
-        except BaseException as error:  # an interrupt, too, must not leave the ranks behind
-            end(process)
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise RunFailed(f"took longer than {timeout:.0f} s; see {log}") from None
-            raise
-    if process.returncode:
-        raise RunFailed(f"exit status {process.returncode}; see {log}")
-    return out
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    """torchrun ends its ranks, which have sessions of their own, when it is asked to end itself."""
-    os.killpg(process.pid, signal.SIGTERM)
-    try:
-        process.wait(60)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def torchrun(python: str, processes: int) -> list[str]:

@@ -193,6 +193,13 @@ def report(args: argparse.Namespace, rounds: list[dict[str, float]], sizes: list
         "settings": {k: str(v) for k, v in vars(args).items()},
         "machine": describe_machine(),
         "rounds": rounds,
+        "summary": [
+            (
+                f"sync of {size / 1e9:.2f} GB",
+                f"{seconds['sync']:.3f} s, {statistics.median(ratios):.2f} of a bare broadcast's rate, "
+                f"{grown / max(sizes):.2f} buckets of memory",
+            )
+        ],
     }
 
 
