@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
-from megatron_dgpo import jsontext, platform
+from megatron_dgpo import jsontext, patches, platform
 from megatron_dgpo.mcore.files import (
     METADATA,
     check_files,
@@ -183,7 +183,7 @@ def _save(policy: Policy, folder: Path, limit: float) -> None:
     if groups.rank == 0:
         folder.mkdir(parents=True)
     _barrier(groups)
-    with _time_limit(limit), platform.megatron_calls():
+    with _time_limit(limit), patches.megatron_calls():
         dist_checkpointing.save(
             _sharded_state(policy, loading=False),
             str(folder),
@@ -271,7 +271,7 @@ def restore(policy: Policy, checkpoint: Checkpoint, critic: Policy | None = None
 
 
 def _restore(policy: Policy, checkpoint: Checkpoint) -> None:
-    with platform.megatron_calls():
+    with patches.megatron_calls():
         wanted = _sharded_state(policy, loading=True)
         same_ranks = checkpoint.state.get("world_size") == policy.groups.world_size
         if not same_ranks:
@@ -304,7 +304,7 @@ def load_weights(model: PolicyModel, groups: platform.Groups, folder: Path) -> N
     """
     check_files(folder, groups)
     check_shape(folder, model.shape)
-    with progress(f"loading {folder}"), platform.megatron_calls(), torch.no_grad():
+    with progress(f"loading {folder}"), patches.megatron_calls(), torch.no_grad():
         wanted = _tensors(model.sharded_state_dict(metadata=dict(METADATA)))
         _put_weights(model, wanted, _load(wanted, folder), folder)
 

@@ -19,7 +19,7 @@ from megatron.core.tensor_parallel import layers as parallel_layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_dgpo import platform
+from megatron_dgpo import patches, platform
 from megatron_dgpo.mcore.fields import TRANSFORMER
 from megatron_dgpo.mcore.hf_config import ModelShape, RopeScaling
 from megatron_dgpo.mcore.layers import PackedLayout, block_spec
@@ -153,7 +153,7 @@ def build_model(
 ) -> PolicyModel:
     """This rank's part of the model, on its device, without weights (load them by the name table)."""
     config = transformer_config(shape, parallel, params_dtype, overrides or {})
-    with platform.megatron_calls():
+    with patches.megatron_calls():
         model = kind(config, shape, layer_spec, pre=groups.is_first_stage, post=groups.is_last_stage)
         model.to(device=groups.device)
     if (overrides or {}).get("gradient_accumulation_fusion", True):

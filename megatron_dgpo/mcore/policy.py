@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_dgpo import platform
+from megatron_dgpo import patches, platform
 from megatron_dgpo.mcore.fields import DDP, OPTIMIZER
 from megatron_dgpo.mcore.model import PolicyModel
 from megatron_dgpo.mcore.reference import Reference, Turns, WithReferenceFn
@@ -127,7 +127,7 @@ class Policy:
         self.updates = 0
         """How often `update` has changed the weights."""
         self._reference = None if reference is None else Reference(model, groups, reference)
-        with platform.megatron_calls():
+        with patches.megatron_calls():
             self.ddp = self._wrap(ddp or {})
             self.optimizer = self._build_optimizer(optimizer)
             self.scheduler = _build_scheduler(self.optimizer, optimizer, total_updates)
@@ -178,7 +178,7 @@ class Policy:
         self.optimizer.zero_grad()
         metrics = self._schedule(batches, loss_fn, on_batch, ignore, forward_only=False)
         self.updates += 1
-        with platform.megatron_calls():
+        with patches.megatron_calls():
             ok, grad_norm, _ = self.optimizer.step()
         learning_rate = max(g["lr"] for g in self.optimizer.param_groups)
         # The norm is global and covers every gradient, so all ranks come to the same verdict.
@@ -290,7 +290,7 @@ def _schedule(
         on_batch()
         return hidden, partial(on_last_stage, batch)
 
-    with platform.megatron_calls():
+    with patches.megatron_calls():
         return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter(batches),

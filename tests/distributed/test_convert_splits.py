@@ -45,7 +45,7 @@ def work(rank, world_size, folder):
     from megatron_dgpo.mcore.files import METADATA, digests, write_digests
     from megatron_dgpo.mcore.hf_config import ModelShape
     from megatron_dgpo.mcore.model import build_model
-    from megatron_dgpo.platform import megatron_calls
+    from megatron_dgpo.patches import megatron_calls
     from megatron_dgpo.run import DTYPES, build_policy
     from megatron_dgpo.weights.convert import load_folder
 

@@ -15,7 +15,7 @@ from launch import ROOT
 from patience import patience
 from place import EXAMPLES, TORCHRUN
 
-from megatron_dgpo import platform
+from megatron_dgpo import patches
 from megatron_dgpo.mcore import field_types, fields
 
 SLOW = ("torch", "transformers", "tokenizers", "megatron.core", "triton", "sympy", "scipy", "nltk")
@@ -200,13 +200,13 @@ def test_a_function_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatc
         calls.append((fn.__name__, options))
         return lambda *words: ("compiled", *words)
 
-    monkeypatch.setattr(platform, "_compile", compile_)
+    monkeypatch.setattr(patches, "_compile", compile_)
 
-    @platform._compile_when_called
+    @patches._compile_when_called
     def one(x: int) -> int:
         return x
 
-    @platform._compile_when_called(dynamic=True)
+    @patches._compile_when_called(dynamic=True)
     def two(x: int) -> int:
         return x
 
@@ -216,5 +216,5 @@ def test_a_function_is_compiled_when_it_is_called(monkeypatch: pytest.MonkeyPatc
 
 
 def test_what_is_no_function_is_compiled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "_compile", lambda model, **_: ("compiled", model))
-    assert platform._compile_when_called(len) == ("compiled", len)
+    monkeypatch.setattr(patches, "_compile", lambda model, **_: ("compiled", model))
+    assert patches._compile_when_called(len) == ("compiled", len)

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from megatron_dgpo import platform
+from megatron_dgpo import patches
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONS = ("3.11", "3.12", "3.13")
@@ -50,7 +50,7 @@ def test_the_megatron_that_was_asked_for_is_the_one_that_runs():
 @pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.19.2", "0.19.7", "0.20.0", "0.20.0rc1", "1.0"])
 def test_a_run_warns_of_a_megatron_that_pip_would_not_install(version, caplog):
     with caplog.at_level(logging.WARNING, "megatron_dgpo"):
-        platform.check_megatron(version)
+        patches.check_megatron(version)
     said = [f"megatron-core {version} has not been tested" in text for text in caplog.messages]
     assert said == ([] if supported().specifier.contains(version, prereleases=True) else [True])
 
@@ -61,7 +61,7 @@ def test_a_megatron_that_is_too_old_is_refused(version):
     with pytest.raises(
         RuntimeError, match=rf"megatron-core {version} is too old: .* needs .* 0\.16\.1 or later"
     ):
-        platform.check_megatron(version)
+        patches.check_megatron(version)
 
 
 @pytest.mark.parametrize("python", PYTHONS)
