@@ -242,15 +242,17 @@ def _gradient_buffer(weight_KH: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return weight_KH.new_zeros(weight_KH.shape, dtype=dtype)
 
 
-def _weight_gradient(weight_KH: torch.Tensor, total_KH: torch.Tensor) -> torch.Tensor:
-    """What autograd gets. After a sum in DDP's buffer: zeros, which DDP's hook needs to run, and to which
-    autograd adds the gradient of an embedding that is tied to the head (see `zero_out_wgrad` and
-    `grad_added_to_main_grad` in Megatron's tensor_parallel/layers.py)."""
+def _weight_gradient(weight_KH: torch.Tensor, total_KH: torch.Tensor) -> torch.Tensor | None:
+    """What autograd gets: nothing after a sum in DDP's buffer. DDP's hook needs a gradient to run by all the
+    same. Where an embedding is tied to the head on this stage (`zero_out_wgrad`), that is the embedding's,
+    which the hook adds to the buffer; else it is a zero in a tensor of the weight's shape without its size,
+    which the hook does not add (`grad_added_to_main_grad`; see Megatron's tensor_parallel/layers.py)."""
     if total_KH is not getattr(weight_KH, "main_grad", None):
         return total_KH.to(weight_KH.dtype)
     if not getattr(weight_KH, "zero_out_wgrad", False):
         weight_KH.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    return torch.zeros_like(weight_KH)
+        weight_KH.grad = weight_KH.new_zeros(()).expand_as(weight_KH)
+    return None
 
 
 def _head_rows(weight_KH: torch.Tensor, plan: Plan) -> torch.Tensor:
