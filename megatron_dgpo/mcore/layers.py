@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_dgpo.mcore.lean import SwiGLU, place_rows, rms_norm
 from megatron_dgpo.types import PackedBatch
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class RMSNorm(torch.nn.Module):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class PackedSDPA(torch.nn.Module):
@@ -195,8 +196,7 @@ class PackedSDPA(torch.nn.Module):
         heads, groups = q_TND.shape[1], k_TGD.shape[1]
         qkv = torch.cat((q_TND, k_TGD, v_TGD), dim=1)
         if layout.place_T is not None:
-            room = qkv.new_zeros((layout.places, *qkv.shape[1:]))
-            qkv = room.index_copy(0, layout.place_T, qkv)
+            qkv = place_rows(qkv, layout.place_T, layout.places)
         parts = qkv.split([rows * columns for rows, columns in layout.grids])
         outs = [
             self._attend(part.view(*grid, *part.shape[1:]), heads, groups)
@@ -307,13 +307,33 @@ class PackedSelfAttention(SelfAttention):
         return out.reshape(q_TND.shape[0], -1)
 
 
-def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpec:
+def take_own_swiglu(config: TransformerConfig) -> bool:
+    """Whether Megatron would compose a plain SwiGLU of torch's functions; then it is told to take a module
+    for the activation, by its switch that is named after Transformer Engine's."""
+    composed = config.gated_linear_unit and config.activation_func is F.silu
+    composed = composed and not config.bias_activation_fusion and not config.use_te_activation_func
+    if not composed or config.activation_func_clamp_value is not None or config.glu_linear_offset:
+        return False
+    config.use_te_activation_func = True
+    return True
+
+
+def _mlp(own_swiglu: bool) -> Any:
+    spec: Any = get_mlp_module_spec_for_backend(backend=LocalSpecProvider())
+    if own_swiglu:
+        submodules = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
+        submodules.activation_func = SwiGLU
+    return spec
+
+
+def torch_layer_spec(*, qk_norm: bool, own_swiglu: bool = False) -> TransformerBlockSubmodules | ModuleSpec:
     """A dense pre-norm decoder layer with grouped-query attention and a gated MLP.
 
     With `qk_norm` each query and key head is normed over D before it is rotated. All TP ranks hold the
     same D weights, and each sees its own heads alone: Megatron sums their gradients over TP by the
     names q_layernorm and k_layernorm, with sequence parallelism or without, where the config's
-    qk_layernorm is set.
+    qk_layernorm is set. With `own_swiglu`, which the config must agree to (`take_own_swiglu`), the MLP's
+    activation keeps its input alone for the backward pass.
     """
     backend = LocalSpecProvider()
     head_norm = RMSNorm if qk_norm else None
@@ -334,7 +354,7 @@ def torch_layer_spec(*, qk_norm: bool) -> TransformerBlockSubmodules | ModuleSpe
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=get_mlp_module_spec_for_backend(backend=backend),
+            mlp=_mlp(own_swiglu),
             mlp_bda=get_bias_dropout_add,
             # One checkpoint format for this spec and Transformer Engine's.
             sharded_state_dict_keys_map={
@@ -401,6 +421,6 @@ def block_spec(
         if not config.apply_rope_fusion:
             spec.submodules.self_attention.module = PackedSelfAttention
         return spec, not config.apply_rope_fusion
-    layer = torch_layer_spec(qk_norm=config.qk_layernorm)
+    layer = torch_layer_spec(qk_norm=config.qk_layernorm, own_swiglu=take_own_swiglu(config))
     layers = get_num_layers_to_build(config)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=RMSNorm), True
